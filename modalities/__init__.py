@@ -1,0 +1,1 @@
+"""From raw documents to a pretrained language model. Each module says in its first lines what it is for."""

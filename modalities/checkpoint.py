@@ -1,0 +1,135 @@
+"""Checkpoints: save, verify, find, restore. A directory without a valid manifest does not exist.
+
+`step-N.tmp/` is written and fsynced, given its manifest, and renamed. A checkpoint is never overwritten. The tensors
+are in the format of torch.distributed.checkpoint, so one that N ranks wrote loads on any number.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+
+from modalities.dist import barrier, broadcast_from_main
+from modalities.optim import Params
+from modalities.step import TrainState
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the state is saved."""
+
+    every: int = 1000
+    """Steps between two checkpoints; 0: at the end alone."""
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ValueError(f"checkpoint.every is {self.every}, but must not be negative")
+
+
+def save(run: Path, state: TrainState, recipe: dict[str, Any], is_main: bool) -> Path:
+    """Write `run/step-N` from all ranks and return it; one that lies there already is left as it is."""
+    path = run / f"step-{state.step:08}"
+    part = path.with_suffix(".tmp")
+    if broadcast_from_main(path.exists()):
+        return path
+    if is_main:
+        shutil.rmtree(part, ignore_errors=True)  # what a killed run left half-written
+        part.mkdir(parents=True)
+    barrier()
+    with quiet():
+        dcp.save({"params": state.params, "opt_state": state.opt_state}, checkpoint_id=part, no_dist=not distributed())
+    barrier()
+    if is_main:
+        (part / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
+        write_manifest(part, state)
+        part.rename(path)
+        fsync(run)
+    barrier()
+    return path
+
+
+def write_manifest(folder: Path, state: TrainState) -> None:
+    """Hash and fsync every file of `folder`, then write their list, and the position of the run, last."""
+    files = {}
+    for file in sorted(folder.iterdir()):
+        files[file.name] = {"size": file.stat().st_size, "sha256": sha256(file)}
+        fsync(file)
+    manifest = {"step": state.step, "samples": state.samples, "files": files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    fsync(folder / MANIFEST)
+    fsync(folder)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose every file has the size and hash that it states, or a ValueError."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        files = manifest["files"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder} is no checkpoint: its {MANIFEST} is missing or broken ({error})") from None
+    for name, facts in files:
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != facts["size"] or sha256(file) != facts["sha256"]:
+            raise ValueError(f"{folder} is damaged: {name} is missing or not what was saved; use another checkpoint")
+    return manifest
+
+
+def newest(run: Path) -> Path | None:
+    """The valid checkpoint of the highest step in a run's folder, or None; damaged ones are passed over loudly."""
+    steps = [path for path in run.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    for path in sorted(steps, key=lambda path: int(path.name[5:]), reverse=True):
+        try:
+            read_manifest(path)
+        except ValueError as error:
+            warnings.warn(f"{error}; passing over it", stacklevel=2)
+        else:
+            return path
+    return None
+
+
+def restore(path: Path, state: TrainState) -> TrainState:
+    """Load a verified checkpoint into the tensors of `state` (names, shapes, sharding); all ranks together."""
+    manifest = json.loads((path / MANIFEST).read_text())
+    with quiet():
+        dcp.load({"params": state.params, "opt_state": state.opt_state}, checkpoint_id=path, no_dist=not distributed())
+    return TrainState(state.params, state.opt_state, manifest["step"], manifest["samples"])
+
+
+def load_params(path: Path, params: Params) -> Params:
+    """Load the weights alone of a verified checkpoint into `params`."""
+    with quiet():
+        dcp.load({"params": params}, checkpoint_id=path, no_dist=not distributed())
+    return params
+
+
+def distributed() -> bool:
+    return torch.distributed.is_initialized()
+
+
+def quiet() -> warnings.catch_warnings:
+    """A context without the remarks of torch.distributed.checkpoint about a single process, which is meant."""
+    return warnings.catch_warnings(action="ignore", category=UserWarning)
+
+
+def sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def fsync(path: Path) -> None:
+    """Force a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,67 @@
+"""Frozen dataclasses to JSON and back, with errors that name the field. It knows no particular config."""
+
+import dataclasses
+import types
+from collections.abc import Iterator
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The dataclass as what JSON holds: nested dicts, lists, strings, numbers, booleans and None."""
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+
+
+def from_dict(cls: type[T], values: Any, where: str = "") -> T:
+    """The inverse of `to_dict`. A field left out takes its default; a wrong one raises a ValueError that names it."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where or cls.__name__} should be a JSON object, not {values!r}")
+    hints = get_type_hints(cls)
+    known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    path = f"{where}." if where else ""
+    for name in values:
+        if name not in known:
+            raise ValueError(f"unknown field {path}{name}; {cls.__name__} has {', '.join(known)}")
+    try:
+        return cls(**{name: _typed(hints[name], value, f"{path}{name}") for name, value in values.items()})
+    except TypeError as error:  # a required field is left out
+        raise ValueError(f"{where or cls.__name__}: {error}") from None
+
+
+def _typed(hint: Any, value: Any, where: str) -> Any:
+    """`value` from JSON as the type that `hint` says, or a ValueError."""
+    origin, args = get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return from_dict(hint, value, where)  # type: ignore[arg-type]
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _typed(next(a for a in args if a is not type(None)), value, where)
+    if origin is Literal and value in args:
+        return value
+    if origin is tuple and isinstance(value, list):
+        hints = [args[0]] * len(value) if args[1:] == (...,) else args
+        if len(hints) == len(value):
+            return tuple(_typed(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(hints, value, strict=True)))
+    if hint is float and type(value) is int:
+        return float(value)
+    if isinstance(hint, type) and type(value) is hint:
+        return value
+    raise ValueError(f"{where} is {value!r}, but should be {getattr(hint, '__name__', hint)}")
+
+
+def differences(a: Any, b: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted name, value in `a`, value in `b`) of every field in which two dataclasses of one type differ."""
+    for f in dataclasses.fields(a):
+        x, y = getattr(a, f.name), getattr(b, f.name)
+        if dataclasses.is_dataclass(x) and type(x) is type(y):
+            yield from differences(x, y, f"{where}{f.name}.")
+        elif x != y:
+            yield f"{where}{f.name}", x, y

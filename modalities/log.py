@@ -1,0 +1,240 @@
+"""What a run tells: the console, `metrics.jsonl`, TensorBoard, Weights & Biases, `loss.png`, `environment.json`.
+
+Metrics stay on the device and are read one step late, so that logging never waits for the step that was just started.
+"""
+
+import contextlib
+import datetime
+import hashlib
+import json
+import math
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """Where and how often a run is described."""
+
+    every: int = 10
+    """Steps between two lines."""
+    dir: str = "runs"
+    """Folder of the runs; this one lies in it under its name."""
+    tensorboard: bool = True
+    """Write TensorBoard events to `tb/`."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Log to Weights & Biases; offline needs no account."""
+    wandb_project: str = "modalities"
+    """Project there."""
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"log.every is {self.every}, but must be at least 1 step")
+
+
+@dataclass
+class Progress:
+    """What turns a step into tokens, rates and a time of arrival."""
+
+    total_steps: int
+    global_batch: int
+    seq_len: int
+    flops_per_token: int
+    peak_flops: float | None
+    """Of all devices together; None where it is not known."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch * self.seq_len
+
+
+TAGS = {
+    "loss": "train/loss",
+    "lr": "train/lr",
+    "grad_norm": "train/grad_norm",
+    "tokens_per_s": "perf/tokens_per_s",
+    "mfu": "perf/mfu",
+}
+
+
+class Log:
+    """The writers of a run. Ranks other than the main one have one with `folder=None`, which writes nothing."""
+
+    def __init__(self, folder: Path | None, config: LogConfig, progress: Progress, recipe: dict[str, Any]) -> None:
+        self.folder, self.config, self.progress = folder, config, progress
+        self.pending: tuple[int, int, dict[str, Tensor | float]] | None = None
+        self.timed_from: tuple[int, float] | None = None
+        self.lines = self.board = self.wandb = None
+        if folder is None:
+            return
+        self.lines = (folder / "metrics.jsonl").open("a", buffering=1)
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(folder / "tb")
+        if config.wandb != "off":
+            self.wandb = start_wandb(folder, config, recipe)
+
+    def say(self, text: str) -> None:
+        if self.folder is not None:
+            print(text, flush=True)
+
+    def start_clock(self, step: int) -> None:
+        """Tokens per second count from here, at the end of step `step`."""
+        self.timed_from = step, time.perf_counter()
+
+    def train(self, step: int, samples: int, metrics: dict[str, Tensor | float]) -> None:
+        """Take the metrics of the step that was just started, and write those of the one before it."""
+        self.flush()
+        if step == 1 or step % self.config.every == 0 or step == self.progress.total_steps:
+            self.pending = step, samples, metrics
+
+    @contextlib.contextmanager
+    def aside(self, step: int) -> Iterator[None]:
+        """Work that is not training: what is pending is written first, and the time does not count as training."""
+        self.flush()
+        yield
+        self.start_clock(step)
+
+    def flush(self) -> None:
+        if self.pending is None:
+            return
+        (step, samples, metrics), self.pending = self.pending, None
+        values = {key: float(value) for key, value in metrics.items()}  # waits for that step on the device
+        if self.timed_from is not None and step > self.timed_from[0]:
+            since, start = self.timed_from
+            rate = (step - since) * self.progress.tokens_per_step / (time.perf_counter() - start)
+            values["tokens_per_s"] = rate
+            if self.progress.peak_flops:
+                values["mfu"] = rate * self.progress.flops_per_token / self.progress.peak_flops
+        self.start_clock(step)
+        self.write(step, samples, values)
+        eta = (self.progress.total_steps - step) * self.progress.tokens_per_step / values.get("tokens_per_s", math.inf)
+        mfu = f"  mfu {values['mfu']:.1%}" if "mfu" in values else ""
+        self.say(
+            f"step {step:>{len(str(self.progress.total_steps))}}/{self.progress.total_steps}"
+            f"  loss {values['loss']:.4f}  lr {values['lr']:.2e}  |grad| {values['grad_norm']:.3f}"
+            f"  {values.get('tokens_per_s', 0):>9,.0f} tokens/s{mfu}  eta {datetime.timedelta(seconds=round(eta))}"
+        )
+
+    def val(self, step: int, samples: int, name: str, loss: float) -> None:
+        self.write(step, samples, {f"val/{name}/loss": loss})
+        self.say(f"step {step}: val/{name} loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):,.2f}")
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        if self.folder is None:
+            return
+        with (self.folder / "samples.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, "prompt": prompt, "text": text}) + "\n")
+        self.say(f"step {step}: sample\n" + "\n".join(f"    | {line}" for line in (prompt + text).splitlines()))
+        if self.board is not None:
+            self.board.add_text("sample", f"```\n{prompt}{text}\n```", step)
+
+    def write(self, step: int, samples: int, values: dict[str, float]) -> None:
+        if self.lines is None:
+            return
+        tokens = samples * self.progress.seq_len
+        line = {"step": step, "samples": samples, "tokens": tokens, **values, "time": time.time()}
+        self.lines.write(json.dumps(line) + "\n")
+        tagged = {TAGS.get(key, key): value for key, value in values.items()}
+        if self.board is not None:
+            for tag, value in tagged.items():
+                self.board.add_scalar(tag, value, step)
+        if self.wandb is not None:
+            self.wandb.log(tagged, step=step)
+
+    def close(self) -> None:
+        self.flush()
+        for writer in (self.lines, self.board):
+            if writer is not None:
+                writer.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def start_wandb(folder: Path, config: LogConfig, recipe: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise ImportError("log.wandb needs the package wandb: pip install 'modalities[wandb]'") from None
+    return wandb.init(
+        project=config.wandb_project,
+        name=folder.name,
+        dir=folder,
+        mode="online" if config.wandb == "online" else "offline",
+        config=recipe,
+        resume="allow",
+    )
+
+
+def environment() -> dict[str, Any]:
+    """What a run ran on, for `environment.json`: code, packages, machine, command line."""
+    diff = _git("diff", "HEAD")
+    return {
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_diff_sha256": hashlib.sha256(diff.encode()).hexdigest() if diff else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "host": socket.gethostname(),
+        "ranks": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+
+
+def _git(*args: str) -> str | None:
+    """What git says of the checkout that this file lies in; None where there is no git or no checkout."""
+    here = Path(__file__).parent
+    try:
+        return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def read_metrics(folder: Path) -> list[dict[str, float]]:
+    """The lines of `metrics.jsonl` in the order of steps; of a step that was run again, the later word."""
+    latest: dict[tuple[int, frozenset[str]], dict[str, float]] = {}
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        values = json.loads(line)
+        kind = frozenset(key for key in values if key == "loss" or key.startswith("val/"))
+        latest[values["step"], kind] = values
+    return sorted(latest.values(), key=lambda values: values["step"])
+
+
+def plot(folder: Path, title: str) -> Path:
+    """Draw the loss curves of a run to `loss.png` in its folder."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    lines = read_metrics(folder)
+    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    train = [(line["tokens"], line["loss"]) for line in lines if "loss" in line]
+    axes.plot(*zip(*train, strict=True), color="#7aa6d6", linewidth=1.5, label=f"training, last {train[-1][1]:.2f}")
+    for key in sorted({key for line in lines for key in line if key.startswith("val/")}):
+        points = [(line["tokens"], line[key]) for line in lines if key in line]
+        label = f"validation ({key.split('/')[1]}), last {points[-1][1]:.2f}"
+        axes.plot(*zip(*points, strict=True), color="#c0392b", marker="o", markersize=4, label=label)
+    axes.set(title=title, xlabel="training tokens", ylabel="loss [nats per token]")
+    axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    path = folder / "loss.png"
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    return path

@@ -1,0 +1,180 @@
+"""The one training loop. `train(recipe)` reads like the picture in the README; what it calls is set up above it."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from modalities import checkpoint, dist, fsdp, generate, log, optim, step
+from modalities.config import differences, from_dict, to_dict
+from modalities.data import Batch, TrainData, ValData
+from modalities.model import build_skeleton, flops_per_token, num_params
+from modalities.pbin import write_beside
+from modalities.recipe import Recipe, check_ranks
+from modalities.rng import fold
+from modalities.step import TrainState
+
+# A run's folder belongs to one recipe; these fields may differ when it is continued, for they do not change its
+# weights.
+HARMLESS = ("name", "log.", "checkpoint.", "eval.", "sample.", "parallel.micro_batch", "parallel.compile")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a recipe becomes on this rank: pure functions, and the data that they are fed."""
+
+    data: TrainData
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, step.Metrics]]
+    evaluate: Callable[[optim.Params], dict[str, Tensor]]
+    """Loss by name of the validation set."""
+    sample: Callable[[optim.Params, int], str]
+    """Text generated at a step."""
+
+
+def train(recipe: Recipe, source: Path | None = None) -> Path:
+    """Train `recipe` to its end, from the newest checkpoint of its run if there is one; returns the run's folder.
+
+    `source`: the file that the recipe came from, kept beside it.
+    """
+    with dist.setup() as world:
+        check_ranks(recipe, world.size)
+        check_folder(recipe)
+        run, state = build(recipe, world)
+        if world.is_main:
+            describe_folder(recipe, source)
+        newest = dist.broadcast_from_main(checkpoint.newest(recipe.folder) if world.is_main else None)
+        state = checkpoint.restore(newest, state) if newest else state
+        out = open_log(recipe, world, state)
+        while state.step < recipe.steps:
+            batch = run.data.batch(state.samples)
+            state, metrics = run.train_step(state, batch)
+            out.train(state.step, state.samples, metrics)
+
+            if due(recipe.eval.every, state.step, recipe.steps):
+                with out.aside(state.step):
+                    for name, loss in run.evaluate(state.params).items():
+                        out.val(state.step, state.samples, name, float(loss))
+            if recipe.sample.every and due(recipe.sample.every, state.step, recipe.steps):
+                with out.aside(state.step):
+                    out.sample(state.step, recipe.sample.prompt, run.sample(state.params, state.step))
+            if due(recipe.checkpoint.every, state.step, recipe.steps):
+                with out.aside(state.step):
+                    saved = checkpoint.save(recipe.folder, state, to_dict(recipe), world.is_main)
+                    out.say(f"step {state.step}: saved {saved}")
+        out.close()
+        if world.is_main:
+            print(summary(recipe))
+    return recipe.folder
+
+
+def due(every: int, now: int, last: int) -> bool:
+    """Whether something that happens every `every` steps (0: never) and at the end happens after step `now`."""
+    return now == last or (every > 0 and now % every == 0)
+
+
+def build(recipe: Recipe, world: dist.World) -> tuple[Run, TrainState]:
+    """The run's functions and its initial state: skeleton → parallelize → initial weights → functions of them."""
+    sharded = world.mesh is not None
+    parallel, model = recipe.parallel, build_skeleton(recipe.model)
+    data = TrainData(recipe.data, recipe.model.vocab_size, recipe.seed, parallel.micro_batch, world)
+    optimizer = optim.adamw(recipe.optim, [name for name, _ in model.named_parameters()])
+    fsdp.parallelize(model, world.mesh, parallel)
+    params = fsdp.init_params(model, recipe.seed, world.device)
+
+    loss_fn = step.make_loss_fn(model, parallel.compute_dtype, train=True, sharded=sharded)
+    grad_fn = step.grad_and_value(loss_fn, sharded, parallel.compile)
+
+    def lr_at(i: int) -> float:
+        return optim.learning_rate(recipe.optim, i, recipe.steps, recipe.tokens_per_step)
+
+    train_step = step.make_train_step(grad_fn, optimizer, recipe.optim.grad_clip, lr_at, recipe.seed, world)
+    eval_loss_fn = step.make_loss_fn(model, parallel.compute_dtype, train=False, sharded=sharded)
+    eval_step = step.make_eval_step(eval_loss_fn, sharded, parallel.compile)
+    val = {}
+    if recipe.data.val:
+        name = Path(recipe.data.val).stem
+        val[name] = ValData(recipe.data, recipe.model.vocab_size, recipe.eval.samples, parallel.micro_batch, world)
+
+    def evaluate(params: optim.Params) -> dict[str, Tensor]:
+        return {name: eval_step(params, batches) for name, batches in val.items()}
+
+    def sample(params: optim.Params, i: int) -> str:
+        logits_fn = generate.make_logits_fn(model, params, parallel.compute_dtype, sharded)
+        seed = fold(recipe.seed, "sample", i)
+        tokenizer = Path(recipe.data.tokenizer)
+        return generate.continue_text(logits_fn, tokenizer, recipe.sample, recipe.data.seq_len, seed, world.device)
+
+    return Run(data, train_step, evaluate, sample), TrainState(params, optimizer.init(params))
+
+
+def check_folder(recipe: Recipe) -> None:
+    """Raise ValueError if the run's folder belongs to a recipe that would give other weights."""
+    path = recipe.folder / "recipe.json"
+    if not path.exists():
+        return
+    before = from_dict(Recipe, json.loads(path.read_text()))
+    for field, old, new in differences(before, recipe):
+        if not field.startswith(HARMLESS):
+            raise ValueError(
+                f"{recipe.folder} was trained with {field} {old!r}, not {new!r}; give this run another --name, "
+                "or the same recipe to continue that one"
+            )
+
+
+def describe_folder(recipe: Recipe, source: Path | None) -> None:
+    """Write into the run's folder, unless an earlier start did: recipe, its source, tokenizer, environment."""
+    files = {"environment.json": as_json(log.environment()), "recipe.json": as_json(to_dict(recipe))}
+    if source is not None and source.suffix == ".py":
+        files["recipe.py"] = source.read_bytes()
+    if Path(recipe.data.tokenizer).is_file():
+        files["tokenizer.json"] = Path(recipe.data.tokenizer).read_bytes()
+    for name, content in files.items():
+        if not (recipe.folder / name).exists():
+            with write_beside(recipe.folder / name) as file:
+                file.write(content)
+
+
+def as_json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def open_log(recipe: Recipe, world: dist.World, state: TrainState) -> log.Log:
+    """The run's log on the main rank, with a first word about the run; a silent one on the others."""
+    flops = flops_per_token(recipe.model, recipe.data.seq_len)
+    peak = dist.peak_flops(world.device)
+    progress = log.Progress(
+        total_steps=recipe.steps,
+        global_batch=recipe.data.global_batch,
+        seq_len=recipe.data.seq_len,
+        flops_per_token=flops,
+        peak_flops=peak and peak * world.size,
+    )
+    out = log.Log(recipe.folder if world.is_main else None, recipe.log, progress, to_dict(recipe))
+    start = f"continuing {recipe.folder} after step {state.step}" if state.step else f"starting {recipe.folder}"
+    out.say(
+        f"{start}: {num_params(recipe.model):,} parameters, {flops / 1e6:,.0f} MFLOPs a token, "
+        f"{recipe.steps} steps of {recipe.tokens_per_step:,} tokens, {world.size} rank(s) on {world.device.type}, "
+        f"{recipe.parallel.param_dtype}" + (", compiling" if recipe.parallel.compile else "")
+    )
+    out.start_clock(state.step)
+    return out
+
+
+def summary(recipe: Recipe) -> str:
+    """What came of a run that is done, and where it lies; draws its curves."""
+    folder = recipe.folder
+    picture = log.plot(folder, f"{recipe.name}: {num_params(recipe.model) / 1e6:.1f}M parameters")
+    last = {key: value for line in log.read_metrics(folder) for key, value in line.items()}
+    losses = [f"{key} {value:.4f}" for key, value in last.items() if key == "loss" or key.startswith("val/")]
+    rows = {
+        "losses": ", ".join(losses),
+        "curves": f"{picture}   (tensorboard --logdir {folder.parent})",
+        "metrics": folder / "metrics.jsonl",
+        "checkpoint": checkpoint.newest(folder),
+        "text": f'python -m modalities.generate {folder} --prompt "{recipe.sample.prompt}"',
+        "again": f"python train.py --recipe {folder / 'recipe.json'} --name NEW",
+    }
+    return f"{recipe.name} is trained.\n" + "\n".join(f"  {key:<11} {value}" for key, value in rows.items())

@@ -1,0 +1,187 @@
+"""AdamW as `init` and `update`, gradient clipping, weight-decay groups, and learning rates as functions of the step.
+
+It knows tensors by name and nothing of models. `update` consumes its inputs: it changes the tensors that it is given.
+"""
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Partial
+from torch.optim.adamw import adamw as adamw_kernel
+
+Params = dict[str, Tensor]
+OptState = dict[str, dict[str, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """The learning rate as a multiple of its peak: a linear warm-up, then `kind`."""
+
+    kind: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt", "step"] = "cosine"
+    """Shape after the warm-up; wsd is warm-up, stable, decay (Hu et al., arXiv 2404.06395)."""
+    unit: Literal["steps", "tokens"] = "steps"
+    """Unit of `warmup`, `decay` and `milestones`."""
+    warmup: int = 0
+    """Length of the warm-up [unit]."""
+    decay: int = 0
+    """wsd: length of the linear decay at the end [unit]."""
+    final: float = 0.1
+    """linear, cosine, wsd: multiple of the peak that the run ends at."""
+    milestones: tuple[int, ...] = ()
+    """step: where the rate is multiplied by `gamma` [unit]."""
+    gamma: float = 0.1
+    """step: factor at each milestone."""
+
+    def __post_init__(self) -> None:
+        if min(self.warmup, self.decay, self.final) < 0:
+            raise ValueError("optim.schedule: warmup, decay and final must not be negative")
+        if self.kind == "wsd" and self.decay < 1:
+            raise ValueError(f"optim.schedule.decay is {self.decay}; wsd needs the length of its decay, at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) with clipping by global norm."""
+
+    lr: float = 3e-4
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the running means of the gradient and of its square."""
+    eps: float = 1e-8
+    """Added to the root of the mean square."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, times the multiple that `decay_rules` gives a parameter."""
+    decay_rules: tuple[tuple[str, float], ...] = (
+        (r"(embed|head)\.weight|.*\.(wq|wk|wv|wo|w_gate|w_up|w_down)\.weight", 1.0),
+        (r"positions\.weight|.*norm\.(weight|bias)|.*\.w\w+\.bias", 0.0),
+    )
+    """(regular expression, multiple of weight_decay): every parameter's whole name must match exactly one."""
+    grad_clip: float = 1.0
+    """Largest global norm of the gradient; 0: no clipping."""
+    schedule: ScheduleConfig = ScheduleConfig()
+
+    def __post_init__(self) -> None:
+        if self.lr < 0 or self.eps <= 0 or self.weight_decay < 0 or self.grad_clip < 0:
+            raise ValueError("optim: lr, weight_decay and grad_clip must not be negative, and eps must be positive")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas is {self.betas}, but each must be in [0, 1)")
+        for pattern, _ in self.decay_rules:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"optim.decay_rules: {pattern!r} is not a regular expression: {error}") from None
+
+
+class Optimizer(NamedTuple):
+    """`init(params) -> opt_state` and `update(grads, opt_state, params, lr) -> (params, opt_state)`, in place."""
+
+    init: Callable[[Params], OptState]
+    update: Callable[[Params, OptState, Params, float], tuple[Params, OptState]]
+
+
+def adamw(config: OptimConfig, names: Iterable[str]) -> Optimizer:
+    """AdamW by PyTorch's fused kernel for the parameters `names`; a ValueError where no decay rule fits one."""
+    groups: dict[float, list[str]] = defaultdict(list)
+    for name, multiple in decay_multiples(config.decay_rules, names).items():
+        groups[multiple].append(name)
+
+    def init(params: Params) -> OptState:
+        return {
+            "step": {name: torch.zeros((), device=p.device) for name, p in params.items()},
+            "exp_avg": {name: torch.zeros_like(p, requires_grad=False) for name, p in params.items()},
+            "exp_avg_sq": {name: torch.zeros_like(p, requires_grad=False) for name, p in params.items()},
+        }
+
+    @torch.no_grad()
+    def update(grads: Params, opt_state: OptState, params: Params, lr: float) -> tuple[Params, OptState]:
+        for multiple, members in groups.items():
+            # An element's update reads only that element, so a rank updates its own shard as a plain tensor.
+            columns = (params, grads, opt_state["exp_avg"], opt_state["exp_avg_sq"])
+            p, g, mean, square = ([local(column[name]) for name in members] for column in columns)
+            adamw_kernel(
+                p,
+                g,
+                mean,
+                square,
+                max_exp_avg_sqs=[],
+                state_steps=[opt_state["step"][name] for name in members],
+                fused=True,
+                amsgrad=False,
+                beta1=config.betas[0],
+                beta2=config.betas[1],
+                lr=lr,
+                weight_decay=config.weight_decay * multiple,
+                eps=config.eps,
+                maximize=False,
+            )
+        return params, opt_state
+
+    return Optimizer(init, update)
+
+
+def decay_multiples(rules: tuple[tuple[str, float], ...], names: Iterable[str]) -> dict[str, float]:
+    """The multiple of weight decay of each parameter; a ValueError names one that does not match exactly one rule."""
+    multiples = {}
+    for name in names:
+        matches = [(pattern, multiple) for pattern, multiple in rules if re.fullmatch(pattern, name)]
+        if len(matches) != 1:
+            found = " and ".join(pattern for pattern, _ in matches) or "none"
+            raise ValueError(f"optim.decay_rules: parameter {name!r} must match exactly one rule, but matches {found}")
+        multiples[name] = matches[0][1]
+    return multiples
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; a plain tensor is its own."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def clip_by_global_norm(grads: Params, max_norm: float) -> Tensor:
+    """Scale `grads` in place to a global L2 norm of at most `max_norm` (0: as they are); returns the norm before."""
+    # Not torch.linalg.vector_norm, whose fp32 sum on a CPU is off by 2e-5 at a million elements.
+    squares = torch.stack([local(g).square().sum() for g in grads.values()]).sum()
+    sharded = next((g for g in grads.values() if isinstance(g, DTensor)), None)
+    if sharded is not None:
+        squares = DTensor.from_local(squares, sharded.device_mesh, [Partial()]).full_tensor()
+    norm = squares.sqrt()
+    if max_norm > 0:
+        torch._foreach_mul_([local(g) for g in grads.values()], (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def lr_multiple(config: ScheduleConfig, position: float, stride: float, total: float) -> float:
+    """The learning rate over its peak, at a step that starts at `position` of `total` and consumes `stride` [unit].
+
+    The warm-up counts the step itself, so that the first step already learns; the decay counts what lies before it,
+    so that the last step still does.
+    """
+    if position + stride < config.warmup:
+        return (position + stride) / config.warmup
+    after = max(0.0, position - config.warmup)
+    length = max(1.0, total - config.warmup)
+    if config.kind == "linear":
+        return 1 - (1 - config.final) * min(1.0, after / length)
+    if config.kind == "cosine":
+        return config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * min(1.0, after / length)))
+    if config.kind == "wsd":
+        decayed = min(1.0, max(0.0, (position - (total - config.decay)) / config.decay))
+        return 1 - (1 - config.final) * decayed
+    if config.kind == "inverse_sqrt":
+        start = max(config.warmup, stride)
+        return math.sqrt(start / max(position + stride, start))
+    if config.kind == "step":
+        return config.gamma ** sum(position >= milestone for milestone in config.milestones)
+    return 1.0
+
+
+def learning_rate(config: OptimConfig, step: int, total_steps: int, tokens_per_step: int) -> float:
+    """The learning rate of step `step` (from 0) of a run of `total_steps`."""
+    stride = 1 if config.schedule.unit == "steps" else tokens_per_step
+    return config.lr * lr_multiple(config.schedule, step * stride, stride, total_steps * stride)

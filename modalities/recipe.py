@@ -1,0 +1,150 @@
+"""`Recipe`: one run, composed of the configs beside the code that they configure. JSON both ways, and by name.
+
+A recipe is a Python file that defines `recipe = Recipe(...)`; or the `recipe.json` of a run.
+"""
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from modalities import cli
+from modalities.checkpoint import CheckpointConfig
+from modalities.config import from_dict, to_dict
+from modalities.data import DataConfig, TrainData
+from modalities.dist import World, world_size
+from modalities.fsdp import ParallelConfig
+from modalities.generate import SampleConfig
+from modalities.log import LogConfig
+from modalities.model import ModelConfig, flops_per_token, num_params
+from modalities.optim import OptimConfig
+from modalities.step import EvalConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One training run, whole: the same recipe on the same data gives the same weights."""
+
+    name: str = ""
+    """The run's name, and its folder in `log.dir`; empty: the name of the recipe's file."""
+    steps: int
+    """Optimizer steps."""
+    seed: int = 0
+    """All randomness comes from it: initial weights, data order, dropout, samples."""
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    eval: EvalConfig = EvalConfig()
+    sample: SampleConfig = SampleConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}, but must be at least 1")
+        if "/" in self.name or self.name in (".", ".."):
+            raise ValueError(f"name is {self.name!r}, but must be a folder's name; log.dir says where it lies")
+        if self.data.seq_len > self.model.max_seq_len:
+            raise ValueError(
+                f"data.seq_len {self.data.seq_len} is longer than model.max_seq_len {self.model.max_seq_len}; "
+                "shorten the one or raise the other"
+            )
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.log.dir) / self.name
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.data.global_batch * self.data.seq_len
+
+
+def check_ranks(recipe: Recipe, ranks: int) -> None:
+    """Raise ValueError if the global batch cannot be cut evenly into ranks and micro-batches."""
+    batch, micro = recipe.data.global_batch, recipe.parallel.micro_batch
+    if batch % (ranks * micro):
+        raise ValueError(
+            f"data.global_batch {batch} is not divisible by {ranks} rank(s) × parallel.micro_batch {micro} = "
+            f"{ranks * micro}; change one of them"
+        )
+
+
+def load(name: str) -> tuple[Recipe, Path]:
+    """The recipe called `name` (a name, a path to a `.py`, or to a run's `recipe.json`), and the file it came from."""
+    path = cli.find_recipe(name)
+    recipe = _from_json(path) if path.suffix == ".json" else _from_python(path)
+    return recipe if recipe.name else replace(recipe, name=path.stem), path
+
+
+def _from_json(path: Path) -> Recipe:
+    try:
+        return from_dict(Recipe, json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _from_python(path: Path) -> Recipe:
+    spec = importlib.util.spec_from_file_location(f"recipes.{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (ValueError, TypeError, SyntaxError, NameError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    recipe = getattr(module, "recipe", None)
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"{path} defines no `recipe = Recipe(...)`")
+    return recipe
+
+
+def parse(recipe: Recipe, args: Sequence[str], prog: str) -> Recipe:
+    """`recipe` with the fields that flags such as `--optim.lr 3e-4` override."""
+    return cli.parse(Recipe, args, default=recipe, prog=prog)
+
+
+def memory_per_rank(recipe: Recipe, ranks: int) -> dict[str, float]:
+    """Estimated peak memory of a rank by part [bytes].
+
+    Weights, gradients and AdamW's two means in fp32, a shard of each. Activations: what the backward pass of a block
+    reads, about 8 times the width and 4 times the MLP's hidden width a token. Logits: in the compute dtype, in fp32,
+    and their gradient.
+    """
+    params = num_params(recipe.model)
+    tokens = recipe.parallel.micro_batch * recipe.data.seq_len
+    compute = recipe.parallel.compute_dtype.itemsize
+    per_layer = 8 * recipe.model.width + 4 * recipe.model.mlp_hidden
+    return {
+        "parameters": params * (4 / ranks + (compute if compute < 4 else 0)),
+        "gradients": params * 4 / ranks,
+        "optimizer": params * 8 / ranks,
+        "activations": tokens * recipe.model.num_layers * per_layer * compute,
+        "logits": tokens * recipe.model.padded_vocab_size * (compute + 8),
+    }
+
+
+def describe(recipe: Recipe) -> str:
+    """The answer to `--dry-run`: the resolved recipe, its size, FLOPs, memory per rank and the first batch's shape."""
+    ranks = world_size()
+    check_ranks(recipe, ranks)
+    one_process = World(rank=0, size=ranks, device=torch.device("cpu"), mesh=None)
+    data = TrainData(recipe.data, recipe.model.vocab_size, recipe.seed, recipe.parallel.micro_batch, one_process)
+    shape = tuple(data.read(0)["inputs"].shape)
+    memory = memory_per_rank(recipe, ranks)
+    parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in memory.items())
+    return "\n".join(
+        (
+            json.dumps(to_dict(recipe), indent=2),
+            f"parameters       {num_params(recipe.model):,}",
+            f"FLOPs per token  {flops_per_token(recipe.model, recipe.data.seq_len):,}",
+            f"training data    {data.sequences.count:,} sequences; {recipe.steps} steps are "
+            f"{recipe.steps * recipe.data.global_batch / data.sequences.count:.2f} epochs",
+            f"memory per rank  about {sum(memory.values()) / 2**20:,.0f} MiB on {ranks} rank(s): {parts}",
+            f"first batch      {shape} a rank: micro-batches × sequences × tokens",
+        )
+    )

@@ -1,0 +1,143 @@
+"""One training step as a pure function of state and batch: `train_step(state, batch) -> (state, metrics)`.
+
+The model is applied by `torch.func.functional_call`. Its gradient has two implementations with one signature:
+`torch.func.grad_and_value` over plain tensors, and a backward pass over FSDP2's shards, whose gradients exist only in
+`.grad`.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from modalities.dist import World, sum_over_ranks
+from modalities.loss import Aux, Batch, LossFn, count_targets, cross_entropy_sum
+from modalities.model import Transformer
+from modalities.optim import Optimizer, OptState, Params, clip_by_global_norm, local
+from modalities.rng import fold
+
+GradFn = Callable[[Params, Batch], tuple[Params, tuple[Tensor, Aux]]]
+Metrics = dict[str, Tensor | float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """When the loss on held-out data is measured."""
+
+    every: int = 100
+    """Steps between two evaluations; 0: at the end alone."""
+    samples: int = 0
+    """Sequences of the validation set to read, from its beginning; 0: all."""
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.samples < 0:
+            raise ValueError("eval.every and eval.samples must not be negative")
+
+
+@dataclass
+class TrainState:
+    """Everything that a step changes. A run is resumed from exactly this."""
+
+    params: Params
+    """Name → fp32 master weight: a plain tensor, or a DTensor shard under FSDP2."""
+    opt_state: OptState
+    step: int = 0
+    samples: int = 0
+    """Sequences consumed so far: the whole data cursor."""
+
+
+def make_loss_fn(model: Transformer, compute_dtype: torch.dtype, train: bool, sharded: bool) -> LossFn:
+    """`loss_fn(params, batch)` for one micro-batch: `inputs` and `targets` int64 [B, T], `num_targets` a number [].
+
+    Mixed precision is a cast inside the function. FSDP2 does the same cast by its policy, when it gathers the weights.
+    """
+
+    def loss_fn(params: Params, batch: Batch) -> tuple[Tensor, Aux]:
+        # A copy of the dict in both cases: FSDP2 puts its gathered weights into the one that it is given.
+        weights = dict(params) if sharded else {name: p.to(compute_dtype) for name, p in params.items()}
+        logits_BTV = functional_call(model, weights, (batch["inputs"],), {"train": train})
+        return cross_entropy_sum(logits_BTV, batch["targets"]) / batch["num_targets"], {}
+
+    return loss_fn
+
+
+def grad_and_value(loss_fn: LossFn, sharded: bool, compile: bool) -> GradFn:
+    """`(params, batch) -> (grads, (loss, aux))`, fp32 gradients with the names and the sharding of `params`."""
+    if sharded:
+        return grad_by_backward(loss_fn)
+    grad_fn = torch.func.grad_and_value(loss_fn, has_aux=True)
+    return torch.compile(grad_fn, fullgraph=True, dynamic=False) if compile else grad_fn
+
+
+def grad_by_backward(loss_fn: LossFn) -> GradFn:
+    """The same function by a backward pass over the model's own parameters, for what `torch.func` cannot go through."""
+
+    def grad_fn(params: Params, batch: Batch) -> tuple[Params, tuple[Tensor, Aux]]:
+        loss, aux = loss_fn(params, batch)
+        loss.backward()
+        grads = {}
+        for name, param in params.items():
+            assert param.grad is not None, f"{name} had no part in the loss"
+            grads[name], param.grad = param.grad, None
+        return grads, (loss.detach(), {key: value.detach() for key, value in aux.items()})
+
+    return grad_fn
+
+
+def micro_batches(batch: Batch) -> Iterator[Batch]:
+    """The micro-batches [B, T] of a rank's batch [A, B, T], each with the global number of targets."""
+    num_targets = sum_over_ranks(count_targets(batch["targets"]))
+    for i in range(len(batch["inputs"])):
+        yield {"num_targets": num_targets, **{key: value[i] for key, value in batch.items()}}
+
+
+def accumulated_grads(grad_fn: GradFn, params: Params, batch: Batch) -> tuple[Params, Tensor]:
+    """Gradients and loss of a rank's batch [A, B, T], one micro-batch at a time."""
+    grads: Params = {}
+    losses = []
+    for micro_batch in micro_batches(batch):
+        new, (loss, _) = grad_fn(params, micro_batch)
+        losses.append(loss)
+        if grads:
+            torch._foreach_add_([local(grads[name]) for name in grads], [local(new[name]) for name in grads])
+        else:
+            grads = new
+    return grads, torch.stack(losses).sum()
+
+
+def make_train_step(
+    grad_fn: GradFn, optimizer: Optimizer, grad_clip: float, lr_at: Callable[[int], float], seed: int, world: World
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """`train_step(state, batch) -> (state, metrics)` for a rank's batch [A, B, T]; it consumes the state it gets."""
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        torch.manual_seed(fold(seed, "dropout", state.step, world.rank))
+        grads, loss = accumulated_grads(grad_fn, state.params, batch)
+        grad_norm = clip_by_global_norm(grads, grad_clip)
+        lr = lr_at(state.step)
+        params, opt_state = optimizer.update(grads, state.opt_state, state.params, lr)
+        consumed = batch["inputs"].shape[0] * batch["inputs"].shape[1] * world.size
+        metrics: Metrics = {"loss": sum_over_ranks(loss), "lr": lr, "grad_norm": grad_norm}
+        return TrainState(params, opt_state, state.step + 1, state.samples + consumed), metrics
+
+    return train_step
+
+
+def make_eval_step(loss_fn: LossFn, sharded: bool, compile: bool) -> Callable[[Params, Iterable[Batch]], Tensor]:
+    """`evaluate(params, batches) -> mean loss over all valid targets of all ranks [nats]`, fp32 [] on the device."""
+    if compile and not sharded:
+        loss_fn = torch.compile(loss_fn, fullgraph=True, dynamic=False)
+
+    @torch.no_grad()
+    def evaluate(params: Params, batches: Iterable[Batch]) -> Tensor:
+        total = count = torch.zeros(())
+        for batch in batches:
+            one = torch.ones((), device=batch["inputs"].device)
+            loss_sum, _ = loss_fn(params, {"num_targets": one, **batch})
+            total, count = total.to(loss_sum) + loss_sum, count.to(loss_sum) + count_targets(batch["targets"])
+        total, count = sum_over_ranks(torch.stack((total, count)))
+        return total / count
+
+    return evaluate

@@ -1,0 +1,37 @@
+"""Train a recipe: `python train.py --help`; several processes: `torchrun --nproc_per_node 2 train.py …`."""
+
+import argparse
+from dataclasses import replace
+
+from modalities import cli
+
+
+def main(argv: list[str]) -> None:
+    launcher = argparse.ArgumentParser(prog="train.py", add_help=False, allow_abbrev=False)
+    launcher.add_argument("--recipe")
+    launcher.add_argument("--dry-run", action="store_true")
+    chosen, overrides = launcher.parse_known_args(argv)
+    if chosen.recipe is None:
+        if argv and argv[0] not in ("-h", "--help"):
+            raise ValueError(f"train.py needs --recipe NAME; there are {', '.join(cli.recipe_files())}")
+        print("usage: [torchrun …] train.py --recipe NAME [--dry-run] [--name RUN] [--steps N] [--model.… …]\n")
+        print(f"recipes:\n{cli.describe_recipes()}\n\ntrain.py --recipe NAME --help lists every field with its value.")
+        return
+
+    from modalities import recipe as recipes  # after the list, which should not wait for torch
+
+    recipe, source = recipes.load(chosen.recipe)
+    recipe = recipes.parse(recipe, overrides, f"train.py --recipe {chosen.recipe}")
+    if not recipe.name:
+        recipe = replace(recipe, name=source.stem)
+    if chosen.dry_run:
+        print(recipes.describe(recipe))
+        return
+
+    from modalities.loop import train
+
+    train(recipe, source)
+
+
+if __name__ == "__main__":
+    cli.run(main)
