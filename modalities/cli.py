@@ -101,14 +101,16 @@ def describe_recipes() -> str:
 
 def _one_line(box: str) -> str:
     """The sentence in tyro's box of complaint, with its first suggestion."""
-    lines = [line.strip(" │|") for line in box.splitlines()]
-    rules = [i for i, line in enumerate(lines) if line and not line.strip("-─")]
-    if len(rules) < 2:
-        return " ".join(" ".join(lines).split())
-    message = " ".join(" ".join(lines[rules[0] + 1 : rules[1]]).split())
+    # A box is sections between rules; tyro draws it with dashes or with box characters, as the terminal allows.
+    sections: list[list[str]] = [[]]
+    for line in (line.strip(" │") for line in box.splitlines()):
+        if re.fullmatch(r"[╭╰].*|[─-]+", line):
+            sections.append([])
+        elif line:
+            sections[-1].append(line)
+    message = " ".join(sections[1] if len(sections) > 1 else sections[0])
     # tyro counts the values behind an unknown flag as unknown too; name the flag alone.
     message = re.sub(r"(Unrecognized options: --[\w.-]+),.*", r"\1", message)
-    message = re.sub(r"^Error parsing [\w.]+: (?=\w+\.)", "", message)
-    rest = "\n".join(lines[rules[1] :])
-    suggestion = re.search(r"Perhaps you meant:\s+(--[\w.-]+)", rest)
-    return f"{message}; did you mean {suggestion[1]}?" if suggestion else f"{message} (--help lists what there is)"
+    message = re.sub(r"^Error parsing [A-Z\w.]+: (?!invalid)", "", message)
+    suggestion = re.search(r"Perhaps you meant: (--[\w.-]+)", " ".join(map(" ".join, sections[2:])))
+    return f"{message}; did you mean {suggestion[1]}?" if suggestion else message

@@ -43,10 +43,11 @@ def train(recipe: Recipe, source: Path | None = None) -> Path:
         check_ranks(recipe, world.size)
         check_folder(recipe)
         run, state = build(recipe, world)
-        if world.is_main:
-            describe_folder(recipe, source)
         newest = dist.broadcast_from_main(checkpoint.newest(recipe.folder) if world.is_main else None)
         state = checkpoint.restore(newest, state) if newest else state
+        run.data.read(state.samples)  # data that cannot be used shows before the run has a folder
+        if world.is_main:
+            describe_folder(recipe, source)
         out = open_log(recipe, world, state)
         while state.step < recipe.steps:
             batch = run.data.batch(state.samples)
