@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,7 +81,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     for name, facts in files:
         file = folder / name
         if not file.is_file() or file.stat().st_size != facts["size"] or sha256(file) != facts["sha256"]:
-            raise ValueError(f"{folder} is damaged: {name} is missing or not what was saved; use another checkpoint")
+            raise ValueError(f"{folder} is damaged: {name} is missing or not what was saved")
     return manifest
 
 
@@ -91,7 +92,7 @@ def newest(run: Path) -> Path | None:
         try:
             read_manifest(path)
         except ValueError as error:
-            warnings.warn(f"{error}; passing over it", stacklevel=2)
+            print(f"warning: {error}; passing over it", file=sys.stderr)
         else:
             return path
     return None

@@ -54,7 +54,9 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
         return float(value)
     if isinstance(hint, type) and type(value) is hint:
         return value
-    raise ValueError(f"{where} is {value!r}, but should be {getattr(hint, '__name__', hint)}")
+    if origin is Literal:
+        raise ValueError(f"{where} is {value!r}, but should be one of {', '.join(map(repr, args))}")
+    raise ValueError(f"{where} is {value!r}, but should be {hint.__name__ if origin is None else hint}")
 
 
 def differences(a: Any, b: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:

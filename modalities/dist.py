@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
@@ -50,7 +51,10 @@ def setup() -> Iterator[World]:
     torch.distributed.init_process_group(backend)
     try:
         yield World(rank, size, device, init_device_mesh(device.type, (size,), mesh_dim_names=("shard",)))
+        barrier()
     finally:
+        # A thread of gloo's that still holds the last collective's tensor when Python ends would abort the process.
+        time.sleep(0.1)
         torch.distributed.destroy_process_group()
 
 

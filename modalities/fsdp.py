@@ -1,6 +1,8 @@
 """How a model is compiled and spread over ranks: compile each block → `fully_shard`. The only place that does it."""
 
-from dataclasses import dataclass
+import os
+import shutil
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -33,6 +35,12 @@ class ParallelConfig:
     @property
     def compute_dtype(self) -> torch.dtype:
         return getattr(torch, self.param_dtype)
+
+
+def usable(config: ParallelConfig, device: torch.device) -> ParallelConfig:
+    """`config`, but without compilation on a CPU that has no C++ compiler: a bare machine trains too, only slower."""
+    compiler = device.type != "cpu" or shutil.which(os.environ.get("CXX", "g++"))
+    return config if compiler else replace(config, compile=False)
 
 
 def parallelize(model: Transformer, mesh: DeviceMesh | None, config: ParallelConfig) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from modalities import checkpoint, cli
 from modalities.config import from_dict
@@ -16,6 +15,7 @@ from modalities.dist import broadcast_from_main
 from modalities.model import ModelConfig, Transformer, build_skeleton
 from modalities.optim import Params
 from modalities.rng import fold
+from modalities.step import apply, cast
 
 LogitsFn = Callable[[Tensor], Tensor]
 
@@ -38,15 +38,15 @@ class SampleConfig:
             raise ValueError("sample: every and temperature must not be negative, and num_tokens must be at least 1")
 
 
-def make_logits_fn(model: Transformer, params: Params, dtype: torch.dtype, sharded: bool) -> LogitsFn:
+def make_logits_fn(model: Transformer, params: Params, dtype: torch.dtype) -> LogitsFn:
     """`tokens [1, T] -> logits of the next token [vocab_size]`; under FSDP2 all ranks call it together."""
-    weights = params if sharded else {name: p.to(dtype) for name, p in params.items()}
+    weights = cast(model, params, dtype)
 
     # Every length is a shape of its own, so compiled code would be compiled again and again.
     @torch.compiler.set_stance("force_eager")
     @torch.no_grad()
     def logits_fn(tokens_1T: Tensor) -> Tensor:
-        return functional_call(model, dict(weights), (tokens_1T,))[0, -1, : model.config.vocab_size].float()
+        return apply(model, weights, tokens_1T, train=False)[0, -1, : model.config.vocab_size].float()
 
     return logits_fn
 
@@ -132,7 +132,7 @@ def main(
     model, params, recipe, tokenizer = load(run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, recipe["parallel"]["param_dtype"])
-    logits_fn = make_logits_fn(model, {name: p.to(device) for name, p in params.items()}, dtype, sharded=False)
+    logits_fn = make_logits_fn(model, {name: p.to(device) for name, p in params.items()}, dtype)
     text = continue_text(logits_fn, tokenizer, config, recipe["data"]["seq_len"], seed, device)
     print(dumps({"run": str(run), "prompt": prompt, "text": text}) if json else prompt + text)
 

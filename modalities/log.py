@@ -1,6 +1,6 @@
 """What a run tells: the console, `metrics.jsonl`, TensorBoard, Weights & Biases, `loss.png`, `environment.json`.
 
-Metrics stay on the device and are read one step late, so that logging never waits for the step that was just started.
+On a GPU metrics are read one step late, so that logging never waits for the step that was just started.
 """
 
 import contextlib
@@ -53,6 +53,8 @@ class Progress:
     flops_per_token: int
     peak_flops: float | None
     """Of all devices together; None where it is not known."""
+    asynchronous: bool
+    """Whether the device computes while the host goes on: then metrics are read one step late."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -99,6 +101,8 @@ class Log:
         self.flush()
         if step == 1 or step % self.config.every == 0 or step == self.progress.total_steps:
             self.pending = step, samples, metrics
+        if not self.progress.asynchronous:
+            self.flush()
 
     @contextlib.contextmanager
     def aside(self, step: int) -> Iterator[None]:
@@ -130,7 +134,8 @@ class Log:
 
     def val(self, step: int, samples: int, name: str, loss: float) -> None:
         self.write(step, samples, {f"val/{name}/loss": loss})
-        self.say(f"step {step}: val/{name} loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):,.2f}")
+        perplexity = math.exp(loss) if loss < 50 else math.inf
+        self.say(f"step {step}: val/{name} loss {loss:.4f}, perplexity {perplexity:,.2f}")
 
     def sample(self, step: int, prompt: str, text: str) -> None:
         if self.folder is None:
@@ -145,7 +150,9 @@ class Log:
         if self.lines is None:
             return
         tokens = samples * self.progress.seq_len
-        line = {"step": step, "samples": samples, "tokens": tokens, **values, "time": time.time()}
+        # JSON has no NaN and no infinity: a diverged run's values are null.
+        finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        line = {"step": step, "samples": samples, "tokens": tokens, **finite, "time": time.time()}
         self.lines.write(json.dumps(line) + "\n")
         tagged = {TAGS.get(key, key): value for key, value in values.items()}
         if self.board is not None:
@@ -223,12 +230,12 @@ def plot(folder: Path, title: str) -> Path:
 
     lines = read_metrics(folder)
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    train = [(line["tokens"], line["loss"]) for line in lines if "loss" in line]
-    axes.plot(*zip(*train, strict=True), color="#7aa6d6", linewidth=1.5, label=f"training, last {train[-1][1]:.2f}")
-    for key in sorted({key for line in lines for key in line if key.startswith("val/")}):
-        points = [(line["tokens"], line[key]) for line in lines if key in line]
-        label = f"validation ({key.split('/')[1]}), last {points[-1][1]:.2f}"
-        axes.plot(*zip(*points, strict=True), color="#c0392b", marker="o", markersize=4, label=label)
+    for key in ["loss", *sorted({key for line in lines for key in line if key.startswith("val/")})]:
+        points = [(line["tokens"], line[key]) for line in lines if line.get(key) is not None]
+        if points:
+            name, style = ("training", "-") if key == "loss" else (f"validation ({key.split('/')[1]})", "o-")
+            label = f"{name}, last {points[-1][1]:.2f}"
+            axes.plot(*zip(*points, strict=True), style, linewidth=1.5, markersize=4, label=label)
     axes.set(title=title, xlabel="training tokens", ylabel="loss [nats per token]")
     axes.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter())
     axes.grid(alpha=0.3)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from modalities import checkpoint, dist, fsdp, generate, log, optim, step
 from modalities.config import differences, from_dict, to_dict
-from modalities.data import Batch, TrainData, ValData
+from modalities.data import TrainData, ValData
 from modalities.model import build_skeleton, flops_per_token, num_params
 from modalities.pbin import write_beside
 from modalities.recipe import Recipe, check_ranks
@@ -27,7 +27,7 @@ class Run:
     """What a recipe becomes on this rank: pure functions, and the data that they are fed."""
 
     data: TrainData
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, step.Metrics]]
+    train_step: step.TrainStep
     evaluate: Callable[[optim.Params], dict[str, Tensor]]
     """Loss by name of the validation set."""
     sample: Callable[[optim.Params, int], str]
@@ -79,20 +79,20 @@ def due(every: int, now: int, last: int) -> bool:
 def build(recipe: Recipe, world: dist.World) -> tuple[Run, TrainState]:
     """The run's functions and its initial state: skeleton → parallelize → initial weights → functions of them."""
     sharded = world.mesh is not None
-    parallel, model = recipe.parallel, build_skeleton(recipe.model)
+    parallel, model = fsdp.usable(recipe.parallel, world.device), build_skeleton(recipe.model)
     data = TrainData(recipe.data, recipe.model.vocab_size, recipe.seed, parallel.micro_batch, world)
     optimizer = optim.adamw(recipe.optim, [name for name, _ in model.named_parameters()])
     fsdp.parallelize(model, world.mesh, parallel)
     params = fsdp.init_params(model, recipe.seed, world.device)
 
-    loss_fn = step.make_loss_fn(model, parallel.compute_dtype, train=True, sharded=sharded)
+    loss_fn = step.make_loss_fn(model, parallel.compute_dtype, train=True)
     grad_fn = step.grad_and_value(loss_fn, sharded, parallel.compile)
 
     def lr_at(i: int) -> float:
         return optim.learning_rate(recipe.optim, i, recipe.steps, recipe.tokens_per_step)
 
     train_step = step.make_train_step(grad_fn, optimizer, recipe.optim.grad_clip, lr_at, recipe.seed, world)
-    eval_loss_fn = step.make_loss_fn(model, parallel.compute_dtype, train=False, sharded=sharded)
+    eval_loss_fn = step.make_loss_fn(model, parallel.compute_dtype, train=False)
     eval_step = step.make_eval_step(eval_loss_fn, sharded, parallel.compile)
     val = {}
     if recipe.data.val:
@@ -103,7 +103,7 @@ def build(recipe: Recipe, world: dist.World) -> tuple[Run, TrainState]:
         return {name: eval_step(params, batches) for name, batches in val.items()}
 
     def sample(params: optim.Params, i: int) -> str:
-        logits_fn = generate.make_logits_fn(model, params, parallel.compute_dtype, sharded)
+        logits_fn = generate.make_logits_fn(model, params, parallel.compute_dtype)
         seed = fold(recipe.seed, "sample", i)
         tokenizer = Path(recipe.data.tokenizer)
         return generate.continue_text(logits_fn, tokenizer, recipe.sample, recipe.data.seq_len, seed, world.device)
@@ -152,13 +152,17 @@ def open_log(recipe: Recipe, world: dist.World, state: TrainState) -> log.Log:
         seq_len=recipe.data.seq_len,
         flops_per_token=flops,
         peak_flops=peak and peak * world.size,
+        asynchronous=world.device.type != "cpu",
     )
     out = log.Log(recipe.folder if world.is_main else None, recipe.log, progress, to_dict(recipe))
+    compiling = "compiled (the first step takes long)" if recipe.parallel.compile else "not compiled"
+    if recipe.parallel.compile and not fsdp.usable(recipe.parallel, world.device).compile:
+        compiling = "not compiled, for torch.compile finds no C++ compiler (g++): slower"
     start = f"continuing {recipe.folder} after step {state.step}" if state.step else f"starting {recipe.folder}"
     out.say(
         f"{start}: {num_params(recipe.model):,} parameters, {flops / 1e6:,.0f} MFLOPs a token, "
         f"{recipe.steps} steps of {recipe.tokens_per_step:,} tokens, {world.size} rank(s) on {world.device.type}, "
-        f"{recipe.parallel.param_dtype}" + (", compiling" if recipe.parallel.compile else "")
+        f"{recipe.parallel.param_dtype}, {compiling}"
     )
     out.start_clock(state.step)
     return out
@@ -169,7 +173,8 @@ def summary(recipe: Recipe) -> str:
     folder = recipe.folder
     picture = log.plot(folder, f"{recipe.name}: {num_params(recipe.model) / 1e6:.1f}M parameters")
     last = {key: value for line in log.read_metrics(folder) for key, value in line.items()}
-    losses = [f"{key} {value:.4f}" for key, value in last.items() if key == "loss" or key.startswith("val/")]
+    names = [key for key in last if key == "loss" or key.startswith("val/")]
+    losses = [f"{key} {'not finite' if last[key] is None else format(last[key], '.4f')}" for key in names]
     rows = {
         "losses": ", ".join(losses),
         "curves": f"{picture}   (tensorboard --logdir {folder.parent})",

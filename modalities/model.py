@@ -57,9 +57,23 @@ class ModelConfig:
     """Standard deviation of initial weights; the projections into the residual stream have it over sqrt(2 × layers)."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "num_layers", "width", "num_heads", "kv_heads", "head_width", "mlp_hidden"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model: {name} is {getattr(self, name)}, but must be at least 1")
+        sizes = (
+            "vocab_size",
+            "num_layers",
+            "width",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "mlp_width",
+            "max_seq_len",
+        )
+        for name in sizes:
+            size = getattr(self, name)
+            if size is not None and size < 1:
+                raise ValueError(f"model.{name} is {size}, but must be at least 1")
+        for name in ("norm_eps", "rope_theta", "init_std"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"model.{name} is {getattr(self, name)}, but must be positive")
         if self.head_dim is None and self.width % self.num_heads:
             raise ValueError(
                 f"model.num_heads {self.num_heads} does not divide model.width {self.width}; "

@@ -39,8 +39,9 @@ class ScheduleConfig:
     """step: factor at each milestone."""
 
     def __post_init__(self) -> None:
-        if min(self.warmup, self.decay, self.final) < 0:
-            raise ValueError("optim.schedule: warmup, decay and final must not be negative")
+        for name in ("warmup", "decay", "final", "gamma"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optim.schedule.{name} is {getattr(self, name)}, but must not be negative")
         if self.kind == "wsd" and self.decay < 1:
             raise ValueError(f"optim.schedule.decay is {self.decay}; wsd needs the length of its decay, at least 1")
 

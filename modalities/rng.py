@@ -24,7 +24,7 @@ def permute(indices: np.ndarray, n: int, seed: int) -> np.ndarray:
     Source: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002.
     """
     assert n > 0
-    bits = max(2, int(n - 1).bit_length())
+    bits = max(6, int(n - 1).bit_length())  # halves of one or two bits would mix badly
     low_bits = np.uint64(bits // 2)
     low_mask = np.uint64((1 << (bits // 2)) - 1)
     high_mask = np.uint64((1 << (bits - bits // 2)) - 1)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 
 from modalities.dist import World, sum_over_ranks
@@ -20,6 +21,8 @@ from modalities.rng import fold
 
 GradFn = Callable[[Params, Batch], tuple[Params, tuple[Tensor, Aux]]]
 Metrics = dict[str, Tensor | float]
+TrainStep = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
+EvalStep = Callable[[Params, Iterable[Batch]], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,16 +51,26 @@ class TrainState:
     """Sequences consumed so far: the whole data cursor."""
 
 
-def make_loss_fn(model: Transformer, compute_dtype: torch.dtype, train: bool, sharded: bool) -> LossFn:
-    """`loss_fn(params, batch)` for one micro-batch: `inputs` and `targets` int64 [B, T], `num_targets` a number [].
+def apply(model: Transformer, weights: Params, tokens_BT: Tensor, train: bool) -> Tensor:
+    """Logits [B, T, V] of `model` with `weights` in place of its own; under FSDP2 they must be its own shards."""
+    # A copy of the dict, for FSDP2 puts the gathered weights of the root into the one that is given.
+    logits_BTV = functional_call(model, dict(weights), (tokens_BT,), {"train": train})
+    if isinstance(model, FSDPModule) and not torch.is_grad_enabled():
+        # functional_call gave the root its shards back, which FSDP2 holds to be gathered until a backward pass.
+        model.reshard()
+    return logits_BTV
 
-    Mixed precision is a cast inside the function. FSDP2 does the same cast by its policy, when it gathers the weights.
-    """
+
+def cast(model: Transformer, params: Params, compute_dtype: torch.dtype) -> Params:
+    """Mixed precision is a cast inside the function; FSDP2 does the same by its policy, when it gathers the weights."""
+    return params if isinstance(model, FSDPModule) else {name: p.to(compute_dtype) for name, p in params.items()}
+
+
+def make_loss_fn(model: Transformer, compute_dtype: torch.dtype, train: bool) -> LossFn:
+    """`loss_fn(params, batch)` for one micro-batch: `inputs` and `targets` int64 [B, T], `num_targets` a number []."""
 
     def loss_fn(params: Params, batch: Batch) -> tuple[Tensor, Aux]:
-        # A copy of the dict in both cases: FSDP2 puts its gathered weights into the one that it is given.
-        weights = dict(params) if sharded else {name: p.to(compute_dtype) for name, p in params.items()}
-        logits_BTV = functional_call(model, weights, (batch["inputs"],), {"train": train})
+        logits_BTV = apply(model, cast(model, params, compute_dtype), batch["inputs"], train)
         return cross_entropy_sum(logits_BTV, batch["targets"]) / batch["num_targets"], {}
 
     return loss_fn
@@ -109,7 +122,7 @@ def accumulated_grads(grad_fn: GradFn, params: Params, batch: Batch) -> tuple[Pa
 
 def make_train_step(
     grad_fn: GradFn, optimizer: Optimizer, grad_clip: float, lr_at: Callable[[int], float], seed: int, world: World
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+) -> TrainStep:
     """`train_step(state, batch) -> (state, metrics)` for a rank's batch [A, B, T]; it consumes the state it gets."""
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -125,7 +138,7 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(loss_fn: LossFn, sharded: bool, compile: bool) -> Callable[[Params, Iterable[Batch]], Tensor]:
+def make_eval_step(loss_fn: LossFn, sharded: bool, compile: bool) -> EvalStep:
     """`evaluate(params, batches) -> mean loss over all valid targets of all ranks [nats]`, fp32 [] on the device."""
     if compile and not sharded:
         loss_fn = torch.compile(loss_fn, fullgraph=True, dynamic=False)

@@ -1,0 +1,9 @@
+"""Tests run side by side, one a core: each keeps to one thread, or they would wait for each other."""
+
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch  # noqa: E402  (it reads the line above)
+
+torch.set_num_threads(1)

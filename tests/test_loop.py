@@ -1,0 +1,132 @@
+"""The loop: a run resumed, repeated or spread over ranks is the same run."""
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from modalities import checkpoint, loop
+from modalities.config import from_dict
+from modalities.log import read_metrics
+from modalities.model import ModelConfig
+from modalities.recipe import Recipe
+
+DROPOUT = replace(tiny.MODEL, dropout=0.1)
+
+
+def train(recipe: Recipe) -> None:
+    loop.train(recipe)
+
+
+def train_on(ranks: int, recipe: Recipe) -> Path:
+    if ranks == 1:
+        train(recipe)
+    else:
+        tiny.run_ranks(ranks, train, recipe)
+    return recipe.folder
+
+
+def weights(folder: Path, step: int = 20) -> dict[str, torch.Tensor]:
+    path = folder / f"step-{step:08}"
+    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    state = {
+        name: torch.empty(tensor.size)
+        for name, tensor in metadata.items()
+        if name.startswith("params.") and isinstance(tensor, TensorStorageMetadata)
+    }
+    dcp.load(state, checkpoint_id=path, no_dist=True)
+    return state
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    first, second = weights(a), weights(b)
+    assert len(first) > 10 and first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(folder) if "loss" in line]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ten_steps_and_ten_more_are_twenty_to_the_bit(tmp_path: Path, ranks: int) -> None:
+    recipe = tiny.recipe(tmp_path, model=DROPOUT)
+    straight = train_on(ranks, recipe)
+    # A run that ended after its checkpoint at step 10.
+    shutil.copytree(straight, tmp_path / "runs" / "resumed", ignore=shutil.ignore_patterns("step-00000020"))
+    resumed = train_on(ranks, replace(recipe, name="resumed"))
+    assert_same_weights(straight, resumed)
+    assert losses(straight) == losses(resumed)
+    logged = [json.loads(line)["step"] for line in (resumed / "metrics.jsonl").read_text().splitlines()]
+    assert logged.count(11) == 2, "the resumed run started at step 10 and not anew"
+
+
+def test_one_and_two_ranks_are_the_same_run(tmp_path: Path) -> None:
+    one = train_on(1, tiny.recipe(tmp_path, name="one"))
+    two = train_on(2, tiny.recipe(tmp_path, name="two"))
+    assert len(losses(one)) == 20
+    torch.testing.assert_close(losses(two), losses(one), rtol=1e-5, atol=0)
+    val = [[line["val/val/loss"] for line in read_metrics(run) if "val/val/loss" in line] for run in (one, two)]
+    torch.testing.assert_close(val[0], val[1], rtol=1e-5, atol=0)
+
+
+def test_micro_batches_are_the_same_run(tmp_path: Path) -> None:
+    base = tiny.recipe(tmp_path)
+    runs = [
+        train_on(1, replace(base, name=f"m{micro}", parallel=replace(base.parallel, micro_batch=micro)))
+        for micro in (8, 4, 2)
+    ]
+    for run in runs[1:]:
+        torch.testing.assert_close(losses(run), losses(runs[0]), rtol=1e-5, atol=0)
+
+
+def test_a_run_learns_and_leaves_what_the_design_lists(tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path, steps=60, checkpoint=checkpoint.CheckpointConfig(every=0))
+    folder = train_on(1, recipe)
+    assert losses(folder)[0] == pytest.approx(math.log(128), abs=0.1) and losses(folder)[-1] < 2.5
+    found = {path.name for path in folder.iterdir()}
+    assert found >= {"recipe.json", "environment.json", "metrics.jsonl", "loss.png", "step-00000060"}
+    assert from_dict(Recipe, json.loads((folder / "recipe.json").read_text())) == recipe
+    line = next(line for line in read_metrics(folder) if line["step"] == 60 and "loss" in line)
+    assert line["samples"] == 480 and line["tokens"] == 480 * 32
+    assert {"lr", "grad_norm", "tokens_per_s"} <= line.keys()
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path)
+    folder = train_on(1, recipe)
+    before = (folder / "metrics.jsonl").read_bytes()
+    train_on(1, recipe)
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_recipe_does_not_continue_a_run(tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path, steps=2)
+    folder = train_on(1, recipe)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    changed = replace(recipe, optim=replace(recipe.optim, lr=0.5))
+    with pytest.raises(ValueError, match=r"optim\.lr 0\.01, not 0\.5"):
+        train_on(1, changed)
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    train_on(1, replace(recipe, log=replace(recipe.log, every=5)))  # what does not change weights may differ
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        (replace(tiny.MODEL, vocab_size=50), "vocab_size is 50"),
+        (replace(tiny.MODEL, vocab_size=50, num_layers=1), "model.vocab_size"),
+    ],
+)
+def test_data_that_cannot_be_used_leaves_no_folder(tmp_path: Path, model: ModelConfig, message: str) -> None:
+    recipe = tiny.recipe(tmp_path, model=model)
+    with pytest.raises(ValueError, match=message):
+        train_on(1, recipe)
+    assert not recipe.folder.exists()

@@ -1,0 +1,161 @@
+"""The step: two gradient implementations and a float64 reference agree, and the batch may be cut anyhow."""
+
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from torch.func import functional_call
+
+from modalities import dist, fsdp, step
+from modalities.loss import Batch
+from modalities.model import ModelConfig, build_skeleton
+from modalities.optim import OptimConfig, Params, adamw
+from modalities.step import TrainState
+
+WORLD = dist.World(rank=0, size=1, device=torch.device("cpu"), mesh=None)
+GPT2 = ModelConfig(
+    vocab_size=100, num_layers=2, width=32, num_heads=4, max_seq_len=64,
+    norm="layernorm", positions="learned", activation="gelu_tanh", bias=True, tied=False,
+)  # fmt: skip
+MODELS = {"llama": tiny.MODEL, "gpt2": GPT2, "qk_norm": replace(tiny.MODEL, qk_norm=True)}
+
+
+def initial(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Params:
+    params = fsdp.init_params(build_skeleton(config), 0, WORLD.device)
+    return {name: p.to(dtype) for name, p in params.items()}
+
+
+def with_count(batch: Batch) -> Batch:
+    return {"num_targets": (batch["targets"] != -100).sum(), **batch}
+
+
+def reference_grads(config: ModelConfig, batch: Batch) -> Params:
+    """Float64, by torch.autograd.grad through a loss that is spelt out."""
+    params = {name: p.requires_grad_() for name, p in initial(config, torch.float64).items()}
+    logits = functional_call(build_skeleton(config), params, (batch["inputs"],))
+    log_p = logits.log_softmax(-1)
+    valid = batch["targets"] != -100
+    picked = log_p[valid].gather(1, batch["targets"][valid][:, None])
+    return dict(zip(params, torch.autograd.grad(-picked.mean(), list(params.values())), strict=True))
+
+
+def assert_grads_equal(grads: Params, expected: Params, bound: float) -> None:
+    """The largest difference of every parameter's gradient is within `bound` of its largest entry.
+
+    Without RoPE a key's bias has no gradient at all, so what is under 1 % of the largest of all counts as 1 %.
+    """
+    assert grads.keys() == expected.keys()
+    floor = 0.01 * max(float(want.abs().max()) for want in expected.values())
+    for name, want in expected.items():
+        error = float((grads[name].double() - want.double()).abs().max()) / max(float(want.abs().max()), floor)
+        assert error <= bound, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+def test_torch_func_gradients_equal_float64(config: ModelConfig, compile: bool) -> None:
+    batch = tiny.batch(config, (4, 33), ignored=0.3)
+    loss_fn = step.make_loss_fn(build_skeleton(config), torch.float32, train=True)
+    grads, (loss, _) = step.grad_and_value(loss_fn, sharded=False, compile=compile)(initial(config), with_count(batch))
+    assert_grads_equal(grads, reference_grads(config, batch), 1e-5)
+    assert loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+def test_backward_gradients_equal_float64(config: ModelConfig) -> None:
+    batch = tiny.batch(config, (4, 33), ignored=0.3)
+    model = build_skeleton(config).to_empty(device="cpu")
+    values = initial(config)
+    model.load_state_dict(values)
+    loss_fn = step.make_loss_fn(model, torch.float32, train=True)
+    grads, _ = step.grad_and_value(loss_fn, sharded=True, compile=False)(
+        dict(model.named_parameters()), with_count(batch)
+    )
+    assert_grads_equal(grads, reference_grads(config, batch), 1e-5)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_bf16_gradients_are_fp32_and_near_float64() -> None:
+    batch = tiny.batch(tiny.MODEL, (8, 33))
+    loss_fn = step.make_loss_fn(build_skeleton(tiny.MODEL), torch.bfloat16, train=True)
+    grads, (loss, _) = step.grad_and_value(loss_fn, sharded=False, compile=False)(
+        initial(tiny.MODEL), with_count(batch)
+    )
+    assert loss.dtype == torch.float32 and all(g.dtype == torch.float32 for g in grads.values())
+    assert_grads_equal(grads, reference_grads(tiny.MODEL, batch), 5e-2)
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-13), (torch.float32, 2e-6)], ids=["fp64", "fp32"])
+def test_micro_batches_give_the_same_gradients(dtype: torch.dtype, bound: float) -> None:
+    # Targets are ignored unevenly, so a mean of means would be wrong.
+    whole = tiny.batch(tiny.MODEL, (8, 32), ignored=0.4)
+    whole["targets"][:3] = -100
+    loss_fn = step.make_loss_fn(build_skeleton(tiny.MODEL), dtype, train=True)
+    grad_fn = step.grad_and_value(loss_fn, sharded=False, compile=False)
+    params = initial(tiny.MODEL, dtype)
+    expected, expected_loss = step.accumulated_grads(grad_fn, params, {k: v[None] for k, v in whole.items()})
+    for micro_batches in (2, 4):
+        cut = {k: v.view(micro_batches, -1, 32) for k, v in whole.items()}
+        grads, loss = step.accumulated_grads(grad_fn, params, cut)
+        assert_grads_equal(grads, expected, bound)
+        torch.testing.assert_close(loss, expected_loss, rtol=bound, atol=0)
+
+
+def make_train_step(config: ModelConfig, lr: float) -> tuple[TrainState, step.TrainStep]:
+    loss_fn = step.make_loss_fn(build_skeleton(config), torch.float32, train=True)
+    grad_fn = step.grad_and_value(loss_fn, sharded=False, compile=False)
+    params = initial(config)
+    optimizer = adamw(OptimConfig(weight_decay=0.0), params)
+    return TrainState(params, optimizer.init(params)), step.make_train_step(
+        grad_fn, optimizer, 1.0, lambda i: lr, seed=0, world=WORLD
+    )
+
+
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
+def test_one_batch_can_be_learnt_by_heart(config: ModelConfig) -> None:
+    state, train_step = make_train_step(config, lr=1e-2)
+    batch = tiny.batch(config, (1, 4, 32))
+    for _ in range(150):
+        state, metrics = train_step(state, batch)
+    assert float(metrics["loss"]) < 0.05
+    assert (state.step, state.samples) == (150, 600)
+
+
+def test_a_step_depends_on_its_arguments_alone() -> None:
+    config = replace(tiny.MODEL, dropout=0.2)
+    results = []
+    for noise in (1, 2):
+        state, train_step = make_train_step(config, lr=1e-2)
+        for i in range(3):
+            torch.manual_seed(noise)  # what the global generator held before must not matter
+            state, metrics = train_step(state, tiny.batch(config, (2, 2, 32), seed=i))
+        results.append((state.params, metrics["loss"]))
+    assert float(results[0][1]) == float(results[1][1])
+    assert all(torch.equal(results[0][0][name], results[1][0][name]) for name in results[0][0])
+
+
+def test_dropout_differs_between_steps_and_is_off_in_evaluation() -> None:
+    config = replace(tiny.MODEL, dropout=0.2)
+    state, train_step = make_train_step(config, lr=0.0)
+    batch = tiny.batch(config, (1, 2, 32))
+    losses = [float(train_step(replace(state, step=i), batch)[1]["loss"]) for i in (0, 1, 0)]
+    assert losses[0] == losses[2] != losses[1]
+    loss_fn = step.make_loss_fn(build_skeleton(config), torch.float32, train=False)
+    evaluate = step.make_eval_step(loss_fn, sharded=False, compile=False)
+    micro = {k: v[0] for k, v in batch.items()}
+    assert evaluate(state.params, [micro]) == evaluate(state.params, [micro])
+
+
+def test_evaluation_is_the_mean_over_valid_targets_of_all_batches() -> None:
+    params = initial(tiny.MODEL)
+    skeleton = build_skeleton(tiny.MODEL)
+    evaluate = step.make_eval_step(step.make_loss_fn(skeleton, torch.float32, train=False), False, False)
+    batches = [tiny.batch(tiny.MODEL, (2, 32), seed, ignored=0.5 * seed) for seed in (0, 1)]
+    logits, targets = [], []
+    for batch in batches:
+        valid = batch["targets"] != -100
+        logits.append(functional_call(skeleton, params, (batch["inputs"],))[valid])
+        targets.append(batch["targets"][valid])
+    expected = torch.nn.functional.cross_entropy(torch.cat(logits).double(), torch.cat(targets))
+    torch.testing.assert_close(evaluate(params, batches).double(), expected, rtol=1e-6, atol=0)

@@ -1,0 +1,199 @@
+"""The real command line, end to end, in a folder of its own: prep.py, train.py, torchrun, generate."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_loop import assert_same_weights, losses
+
+ROOT = Path(__file__).parents[1]
+# Small enough for a test, whole in every part: the recipe is `demo` with these overrides.
+SMALL_MODEL = ["--model.num-layers=2", "--model.width=64", "--model.num-heads=4", "--model.max-seq-len=64"]
+SMALL_RUN = ["--data.seq-len=64", "--data.global-batch=4", "--parallel.micro-batch=2", "--parallel.no-compile"]
+SMALL_RUN += ["--parallel.param-dtype=float32", "--eval.samples=8", "--eval.every=10", "--sample.num-tokens=8"]
+SMALL_RUN += ["--sample.every=10", "--checkpoint.every=10", "--log.every=1"]
+SMALL = SMALL_MODEL + SMALL_RUN
+
+
+def command(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, *args], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def train(*args: str, cwd: Path, ranks: int = 0) -> str:
+    """Run train.py (under torchrun if `ranks`), which must succeed, and return what it prints."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", f"{ranks}"] if ranks else []
+    done = command(*launcher, str(ROOT / "train.py"), *args, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("demo")
+    done = command(str(ROOT / "prep.py"), "demo", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "data"
+
+
+@pytest.fixture
+def here(tmp_path: Path, demo_data: Path) -> Path:
+    """A folder in which the demo data is prepared."""
+    (tmp_path / "data").symlink_to(demo_data)
+    return tmp_path
+
+
+def test_from_documents_to_text(here: Path) -> None:
+    shown = train("--recipe", "demo", "--steps", "20", *SMALL, cwd=here)
+    run = here / "runs" / "demo"
+    assert "val/val loss" in shown and "tokens/s" in shown and "eta" in shown and "runs/demo/loss.png" in shown
+    assert (run / "recipe.py").read_bytes() == (ROOT / "recipes" / "demo.py").read_bytes()
+    assert {"git_commit", "torch", "python", "host", "command"} <= json.loads(
+        (run / "environment.json").read_text()
+    ).keys()
+    assert (run / "tokenizer.json").read_bytes() == (here / "data/demo/tokenizer.json").read_bytes()
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((run / "tb").glob("events*"))
+    assert len((run / "samples.jsonl").read_text().splitlines()) == 2
+    assert losses(run)[-1] < losses(run)[0] - 0.5
+
+    generate = ("-m", "modalities.generate", "runs/demo", "--prompt", "def ", "--num-tokens", "12")
+    greedy = [command(*generate, "--temperature", "0", cwd=here).stdout for _ in range(2)]
+    assert greedy[0] == greedy[1] and greedy[0].startswith("def ")
+    as_json = json.loads(command(*generate, "--json", "--seed", "3", cwd=here).stdout)
+    assert as_json["prompt"] == "def " and as_json["text"]
+
+
+def test_a_recipe_of_ones_own(here: Path) -> None:
+    (here / "recipes").mkdir()
+    text = (ROOT / "recipes" / "gpt2_60m.py").read_text()
+    edited = text.replace(
+        "num_layers=10, width=512, num_heads=8, mlp_width=1536", "num_layers=2, width=32, num_heads=2"
+    )
+    assert edited != text
+    (here / "recipes" / "mine.py").write_text(edited)
+    train("--recipe", "mine", "--steps", "2", *SMALL_RUN, "--data.seq-len", "32", cwd=here)
+    assert json.loads((here / "runs/mine/recipe.json").read_text())["model"]["width"] == 32
+    assert "mine" in command(str(ROOT / "train.py"), "--help", cwd=here).stdout
+
+
+def test_recipe_json_reproduces_a_run_to_the_bit(here: Path) -> None:
+    train("--recipe", "demo", "--steps", "20", "--name", "x", "--model.dropout", "0.1", *SMALL, cwd=here)
+    train("--recipe", "runs/x/recipe.json", "--name", "y", cwd=here)
+    assert_same_weights(here / "runs/x", here / "runs/y")
+    assert losses(here / "runs/x") == losses(here / "runs/y")
+
+
+def test_gpt2_60m_on_one_and_two_ranks(here: Path) -> None:
+    """The recipe's own command with fewer layers and tokens; `make test-all` runs the model whole."""
+    args = ("--recipe", "gpt2_60m", "--steps", "20", "--model.num-layers", "1", "--data.seq-len", "32")
+    same_losses(args, here)
+
+
+@pytest.mark.slow
+def test_gpt2_60m_whole_on_one_and_two_ranks(here: Path) -> None:
+    same_losses(("--recipe", "gpt2_60m", "--steps", "20", "--data.seq-len", "64"), here)
+
+
+def same_losses(args: tuple[str, ...], here: Path) -> None:
+    args += ("--data.global-batch", "4", "--parallel.micro-batch", "2", "--log.every", "1", "--data.val", "")
+    args += ("--parallel.param-dtype", "float32", "--parallel.no-compile", "--checkpoint.every", "0")
+    train(*args, "--name", "one", cwd=here)
+    train(*args, "--name", "two", cwd=here, ranks=2)
+    one, two = losses(here / "runs/one"), losses(here / "runs/two")
+    assert len(one) == 20
+    torch.testing.assert_close(two, one, rtol=1e-4, atol=0)
+
+
+def test_compiled_ranks_train(here: Path) -> None:
+    train("--recipe", "demo", "--steps", "10", *SMALL, "--parallel.compile", "--parallel.param-dtype", "bfloat16",
+          cwd=here, ranks=2)  # fmt: skip
+    eager = SMALL + ["--parallel.param-dtype", "bfloat16", "--name", "eager"]
+    train("--recipe", "demo", "--steps", "10", *eager, cwd=here)
+    compiled = losses(here / "runs/demo")
+    torch.testing.assert_close(compiled, losses(here / "runs/eager"), rtol=1e-2, atol=0)
+
+
+def test_without_a_compiler_it_trains_all_the_same(here: Path) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": "", "CXX": ""}
+    args = ["--recipe", "demo", "--steps", "2", *SMALL, "--parallel.compile"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *args], cwd=here, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "no C++ compiler" in done.stdout and len(losses(here / "runs/demo")) == 2
+
+
+def test_dry_run_says_what_would_happen_and_does_nothing(here: Path) -> None:
+    shown = train("--recipe", "gpt2_60m", "--dry-run", "--optim.lr", "0.002", cwd=here)
+    resolved, _, facts = shown.partition("\n}\n")
+    assert json.loads(resolved + "\n}")["optim"]["lr"] == 0.002
+    assert "59,845,120" in facts and "(4, 4, 512)" in facts and "FLOPs per token" in facts and "MiB" in facts
+    assert not (here / "runs").exists()
+
+
+def test_help_lists_recipes_and_fields(here: Path) -> None:
+    listed = train("--help", cwd=here)
+    assert "demo" in listed and "gpt2_60m" in listed
+    fields = train("--recipe", "demo", "--help", cwd=here)
+    assert "--optim.schedule.kind" in fields and "Peak learning rate" in fields and "--data.seq-len" in fields
+
+
+MISTAKES = {
+    "unknown recipe": (["--recipe", "gpt2_60n"], "did you mean gpt2_60m?"),
+    "no recipe": (["--steps", "3"], "--recipe NAME"),
+    "unknown field": (["--recipe", "demo", "--optim.lrr", "1"], "did you mean --optim.lr?"),
+    "wrong type": (["--recipe", "demo", "--steps", "many"], "--steps"),
+    "heads do not divide the width": (["--recipe", "demo", "--model.num-heads", "5"], "model.num_heads 5"),
+    "token beyond the vocabulary": (["--recipe", "demo", "--model.vocab-size", "100"], "model.vocab_size is 100"),
+    "sequence longer than the data": (
+        ["--recipe", "demo", "--data.seq-len", "9999999", "--model.max-seq-len", "9999999"],
+        "data.seq_len 9,999,999",
+    ),
+    "global batch": (["--recipe", "demo", "--data.global-batch", "17"], "data.global_batch 17"),
+    "no data": (["--recipe", "demo", "--data.train", "no.pbin"], "no.pbin is missing"),
+    "no such json": (["--recipe", "runs/x/recipe.json"], "runs/x/recipe.json"),
+}
+
+
+@pytest.mark.parametrize("args, message", MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_ends_in_one_line(args: list[str], message: str, here: Path) -> None:
+    done = command(str(ROOT / "train.py"), *args, cwd=here)
+    assert done.returncode == 1 and message in done.stderr
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+    assert not (here / "runs").exists()
+
+
+def test_generate_without_a_checkpoint_says_so(here: Path) -> None:
+    done = command("-m", "modalities.generate", "runs/none", "--prompt", "x", cwd=here)
+    assert done.returncode == 1 and done.stderr.startswith("error: runs/none holds no checkpoint")
+
+
+def test_a_killed_run_continues(here: Path) -> None:
+    args = ("--recipe", "demo", "--steps", "40", *SMALL)
+    train(*args, "--name", "straight", cwd=here)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *args], cwd=here, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 25/"):
+            process.kill()
+            break
+    process.wait()
+    assert sorted(p.name for p in (here / "runs/demo").glob("step-*")) == ["step-00000010", "step-00000020"]
+    shown = train(*args, cwd=here)
+    assert "after step 20" in shown
+    assert_same_weights_at(here, 40)
+
+
+def assert_same_weights_at(here: Path, step: int) -> None:
+    for run in ("demo", "straight"):
+        shutil.copytree(here / "runs" / run / f"step-{step:08}", here / "compare" / run / "step-00000020")
+    assert_same_weights(here / "compare/demo", here / "compare/straight")
