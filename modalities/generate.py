@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from json import dumps, loads
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from modalities.model import ModelConfig, Transformer, build_skeleton
 from modalities.optim import Params
 from modalities.rng import fold
 from modalities.step import apply, cast
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 LogitsFn = Callable[[Tensor], Tensor]
 
@@ -77,15 +80,24 @@ def generate(
         yield token
 
 
-def continue_text(
-    logits_fn: LogitsFn, tokenizer_file: Path, config: SampleConfig, context: int, seed: int, device: torch.device
-) -> str:
-    """The continuation of `config.prompt` as text."""
+def load_tokenizer(path: Path, vocab_size: int) -> "Tokenizer":
+    """A `tokenizer.json` that a model of `vocab_size` tokens can be used with, or a ValueError."""
     from tokenizers import Tokenizer
 
-    if not tokenizer_file.is_file():
-        raise ValueError(f"{tokenizer_file} is missing: the text cannot be encoded without its tokenizer")
-    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    if not path.is_file():
+        raise ValueError(f"the tokenizer {path} is missing; data.tokenizer says where it is")
+    tokenizer = Tokenizer.from_file(str(path))
+    if tokenizer.get_vocab_size() > vocab_size:
+        raise ValueError(
+            f"the tokenizer {path} has {tokenizer.get_vocab_size():,} tokens, but model.vocab_size is {vocab_size:,}"
+        )
+    return tokenizer
+
+
+def continue_text(
+    logits_fn: LogitsFn, tokenizer: "Tokenizer", config: SampleConfig, context: int, seed: int, device: torch.device
+) -> str:
+    """The continuation of `config.prompt` as text."""
     stop = tokenizer.token_to_id("<|endoftext|>")
     # Training saw documents begin after the end of another, so an empty prompt begins there too.
     prompt = tokenizer.encode(config.prompt).ids or ([stop] if stop is not None else [0])
@@ -133,7 +145,9 @@ def main(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, recipe["parallel"]["param_dtype"])
     logits_fn = make_logits_fn(model, {name: p.to(device) for name, p in params.items()}, dtype)
-    text = continue_text(logits_fn, tokenizer, config, recipe["data"]["seq_len"], seed, device)
+    text = continue_text(
+        logits_fn, load_tokenizer(tokenizer, model.config.vocab_size), config, recipe["data"]["seq_len"], seed, device
+    )
     print(dumps({"run": str(run), "prompt": prompt, "text": text}) if json else prompt + text)
 
 

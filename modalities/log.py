@@ -6,6 +6,7 @@ On a GPU metrics are read one step late, so that logging never waits for the ste
 import contextlib
 import datetime
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -60,6 +61,14 @@ class Progress:
     def tokens_per_step(self) -> int:
         return self.global_batch * self.seq_len
 
+    def rates(self, steps: int, seconds: float) -> dict[str, float]:
+        """Tokens per second and, where the peak is known, the share of it that the model's own FLOPs make (MFU)."""
+        tokens_per_s = steps * self.tokens_per_step / seconds
+        rates = {"tokens_per_s": tokens_per_s}
+        if self.peak_flops:
+            rates["mfu"] = tokens_per_s * self.flops_per_token / self.peak_flops
+        return rates
+
 
 TAGS = {
     "loss": "train/loss",
@@ -76,6 +85,7 @@ class Log:
     def __init__(self, folder: Path | None, config: LogConfig, progress: Progress, recipe: dict[str, Any]) -> None:
         self.folder, self.config, self.progress = folder, config, progress
         self.pending: tuple[int, int, dict[str, Tensor | float]] | None = None
+        self.opened = time.perf_counter()
         self.timed_from: tuple[int, float] | None = None
         self.lines = self.board = self.wandb = None
         if folder is None:
@@ -99,7 +109,8 @@ class Log:
     def train(self, step: int, samples: int, metrics: dict[str, Tensor | float]) -> None:
         """Take the metrics of the step that was just started, and write those of the one before it."""
         self.flush()
-        if step == 1 or step % self.config.every == 0 or step == self.progress.total_steps:
+        first = self.timed_from is None
+        if first or step % self.config.every == 0 or step == self.progress.total_steps:
             self.pending = step, samples, metrics
         if not self.progress.asynchronous:
             self.flush()
@@ -116,20 +127,19 @@ class Log:
             return
         (step, samples, metrics), self.pending = self.pending, None
         values = {key: float(value) for key, value in metrics.items()}  # waits for that step on the device
-        if self.timed_from is not None and step > self.timed_from[0]:
-            since, start = self.timed_from
-            rate = (step - since) * self.progress.tokens_per_step / (time.perf_counter() - start)
-            values["tokens_per_s"] = rate
-            if self.progress.peak_flops:
-                values["mfu"] = rate * self.progress.flops_per_token / self.progress.peak_flops
+        total = self.progress.total_steps
+        if self.timed_from is None:  # the first step compiles and warms up; its rate would mislead
+            pace = f"  after {time.perf_counter() - self.opened:.1f} s"
+        else:
+            values |= self.progress.rates(step - self.timed_from[0], time.perf_counter() - self.timed_from[1])
+            eta = (total - step) * self.progress.tokens_per_step / values["tokens_per_s"]
+            mfu = f"  mfu {values['mfu']:.1%}" if "mfu" in values else ""
+            pace = f"  {values['tokens_per_s']:>9,.0f} tokens/s{mfu}  eta {datetime.timedelta(seconds=round(eta))}"
         self.start_clock(step)
         self.write(step, samples, values)
-        eta = (self.progress.total_steps - step) * self.progress.tokens_per_step / values.get("tokens_per_s", math.inf)
-        mfu = f"  mfu {values['mfu']:.1%}" if "mfu" in values else ""
         self.say(
-            f"step {step:>{len(str(self.progress.total_steps))}}/{self.progress.total_steps}"
-            f"  loss {values['loss']:.4f}  lr {values['lr']:.2e}  |grad| {values['grad_norm']:.3f}"
-            f"  {values.get('tokens_per_s', 0):>9,.0f} tokens/s{mfu}  eta {datetime.timedelta(seconds=round(eta))}"
+            f"step {step:>{len(str(total))}}/{total}  loss {values['loss']:.4f}  lr {values['lr']:.2e}"
+            f"  |grad| {values['grad_norm']:.3f}{pace}"
         )
 
     def val(self, step: int, samples: int, name: str, loss: float) -> None:
@@ -137,8 +147,8 @@ class Log:
         perplexity = math.exp(loss) if loss < 50 else math.inf
         self.say(f"step {step}: val/{name} loss {loss:.4f}, perplexity {perplexity:,.2f}")
 
-    def sample(self, step: int, prompt: str, text: str) -> None:
-        if self.folder is None:
+    def sample(self, step: int, prompt: str, text: str | None) -> None:
+        if self.folder is None or text is None:
             return
         with (self.folder / "samples.jsonl").open("a") as file:
             file.write(json.dumps({"step": step, "prompt": prompt, "text": text}) + "\n")
@@ -219,6 +229,14 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
         kind = frozenset(key for key in values if key == "loss" or key.startswith("val/"))
         latest[values["step"], kind] = values
     return sorted(latest.values(), key=lambda values: values["step"])
+
+
+def sparkline(values: list[float], width: int = 60) -> str:
+    """A curve in one line of text, each character the mean of its share of `values`."""
+    edges = [i * len(values) // min(width, len(values)) for i in range(min(width, len(values)) + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+    low, span = min(means), (max(means) - min(means)) or 1.0
+    return "".join("▁▂▃▄▅▆▇█"[round(7 * (mean - low) / span)] for mean in means)
 
 
 def plot(folder: Path, title: str) -> Path:

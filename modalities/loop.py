@@ -28,10 +28,17 @@ class Run:
 
     data: TrainData
     train_step: step.TrainStep
+    val: dict[str, ValData]
     evaluate: Callable[[optim.Params], dict[str, Tensor]]
     """Loss by name of the validation set."""
-    sample: Callable[[optim.Params, int], str]
-    """Text generated at a step."""
+    sample: Callable[[optim.Params, int], str | None]
+    """Text generated at a step; None without a tokenizer."""
+
+    def check_data(self, samples: int) -> None:
+        """Read the first batches, so that data that cannot be used shows before the run has a folder."""
+        self.data.read(samples)
+        for batches in self.val.values():
+            next(iter(batches))
 
 
 def train(recipe: Recipe, source: Path | None = None) -> Path:
@@ -45,7 +52,7 @@ def train(recipe: Recipe, source: Path | None = None) -> Path:
         run, state = build(recipe, world)
         newest = dist.broadcast_from_main(checkpoint.newest(recipe.folder) if world.is_main else None)
         state = checkpoint.restore(newest, state) if newest else state
-        run.data.read(state.samples)  # data that cannot be used shows before the run has a folder
+        run.check_data(state.samples)
         if world.is_main:
             describe_folder(recipe, source)
         out = open_log(recipe, world, state)
@@ -58,7 +65,7 @@ def train(recipe: Recipe, source: Path | None = None) -> Path:
                 with out.aside(state.step):
                     for name, loss in run.evaluate(state.params).items():
                         out.val(state.step, state.samples, name, float(loss))
-            if recipe.sample.every and due(recipe.sample.every, state.step, recipe.steps):
+            if due(recipe.sample.every, state.step, recipe.steps):
                 with out.aside(state.step):
                     out.sample(state.step, recipe.sample.prompt, run.sample(state.params, state.step))
             if due(recipe.checkpoint.every, state.step, recipe.steps):
@@ -96,19 +103,23 @@ def build(recipe: Recipe, world: dist.World) -> tuple[Run, TrainState]:
     eval_step = step.make_eval_step(eval_loss_fn, sharded, parallel.compile)
     val = {}
     if recipe.data.val:
-        name = Path(recipe.data.val).stem
-        val[name] = ValData(recipe.data, recipe.model.vocab_size, recipe.eval.samples, parallel.micro_batch, world)
+        batches = ValData(recipe.data, recipe.model.vocab_size, recipe.eval.samples, parallel.micro_batch, world)
+        val[Path(recipe.data.val).stem] = batches
+    tokenizer = None
+    if recipe.sample.every and recipe.data.tokenizer:
+        tokenizer = generate.load_tokenizer(Path(recipe.data.tokenizer), recipe.model.vocab_size)
 
     def evaluate(params: optim.Params) -> dict[str, Tensor]:
         return {name: eval_step(params, batches) for name, batches in val.items()}
 
-    def sample(params: optim.Params, i: int) -> str:
+    def sample(params: optim.Params, i: int) -> str | None:
+        if tokenizer is None:
+            return None
         logits_fn = generate.make_logits_fn(model, params, parallel.compute_dtype)
         seed = fold(recipe.seed, "sample", i)
-        tokenizer = Path(recipe.data.tokenizer)
         return generate.continue_text(logits_fn, tokenizer, recipe.sample, recipe.data.seq_len, seed, world.device)
 
-    return Run(data, train_step, evaluate, sample), TrainState(params, optimizer.init(params))
+    return Run(data, train_step, val, evaluate, sample), TrainState(params, optimizer.init(params))
 
 
 def check_folder(recipe: Recipe) -> None:
@@ -164,7 +175,6 @@ def open_log(recipe: Recipe, world: dist.World, state: TrainState) -> log.Log:
         f"{recipe.steps} steps of {recipe.tokens_per_step:,} tokens, {world.size} rank(s) on {world.device.type}, "
         f"{recipe.parallel.param_dtype}, {compiling}"
     )
-    out.start_clock(state.step)
     return out
 
 
@@ -172,11 +182,14 @@ def summary(recipe: Recipe) -> str:
     """What came of a run that is done, and where it lies; draws its curves."""
     folder = recipe.folder
     picture = log.plot(folder, f"{recipe.name}: {num_params(recipe.model) / 1e6:.1f}M parameters")
-    last = {key: value for line in log.read_metrics(folder) for key, value in line.items()}
+    lines = log.read_metrics(folder)
+    last = {key: value for line in lines for key, value in line.items()}
+    curve = [line["loss"] for line in lines if line.get("loss") is not None]
     names = [key for key in last if key == "loss" or key.startswith("val/")]
     losses = [f"{key} {'not finite' if last[key] is None else format(last[key], '.4f')}" for key in names]
     rows = {
         "losses": ", ".join(losses),
+        "curve": f"{curve[0]:.2f} {log.sparkline(curve)} {curve[-1]:.2f}" if curve else "no finite loss",
         "curves": f"{picture}   (tensorboard --logdir {folder.parent})",
         "metrics": folder / "metrics.jsonl",
         "checkpoint": checkpoint.newest(folder),
