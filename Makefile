@@ -12,10 +12,10 @@ demo: $(VENV)/core
 	$(BIN)/python -m modalities.generate runs/demo --prompt "def " --num-tokens 100
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 test-all: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check .

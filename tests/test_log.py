@@ -105,8 +105,8 @@ def test_the_rate_counts_all_steps_since_the_last_line_and_not_the_time_aside(tm
     log.flush()
     last = time.perf_counter() - after
     log.close()
-    rates = {line["step"]: line.get("tokens_per_s") for line in lines(tmp_path)}
-    assert rates[1] is None, "the first step compiles and warms up"
+    rates = {line["step"]: line.get("tokens_per_s", 0.0) for line in lines(tmp_path)}
+    assert rates[1] == 0, "the first step compiles and warms up"
     assert 64 / (longest + 0.25) < rates[2] < 64 / 0.05
     assert rates[6] > 128 / (last + 0.25)
 
