@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 demo: $(VENV)/core
 	$(BIN)/python prep.py demo
 	$(BIN)/python train.py --recipe demo
-	$(BIN)/python -m modalities.generate runs/demo --prompt "def " --num-tokens 100
+	$(BIN)/python -m modalities.generate runs/demo --prompt "    def __init__(self" --temperature 0.6
 
 test: lint
 	$(BIN)/python -m pytest -n 2 -m "not slow"
@@ -33,7 +33,7 @@ $(VENV)/dev: $(VENV)/core
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or newer is needed, but $(PYTHON) is older; name another: make PYTHON=python3.11 …"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,16 +1,18 @@
 """Train a recipe: `python train.py --help`; several processes: `torchrun --nproc_per_node 2 train.py …`."""
 
 import argparse
-from dataclasses import replace
 
 from modalities import cli
 
 
 def main(argv: list[str]) -> None:
-    launcher = argparse.ArgumentParser(prog="train.py", add_help=False, allow_abbrev=False)
+    launcher = argparse.ArgumentParser(prog="train.py", add_help=False, allow_abbrev=False, exit_on_error=False)
     launcher.add_argument("--recipe")
     launcher.add_argument("--dry-run", action="store_true")
-    chosen, overrides = launcher.parse_known_args(argv)
+    try:
+        chosen, overrides = launcher.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise ValueError(f"train.py: {error}") from None
     if chosen.recipe is None:
         if argv and argv[0] not in ("-h", "--help"):
             raise ValueError(f"train.py needs --recipe NAME; there are {', '.join(cli.recipe_files())}")
@@ -22,10 +24,8 @@ def main(argv: list[str]) -> None:
 
     recipe, source = recipes.load(chosen.recipe)
     recipe = recipes.parse(recipe, overrides, f"train.py --recipe {chosen.recipe}")
-    if not recipe.name:
-        recipe = replace(recipe, name=source.stem)
     if chosen.dry_run:
-        print(recipes.describe(recipe))
+        recipes.dry_run(recipe)
         return
 
     from modalities.loop import train

@@ -6,10 +6,10 @@ are in the format of torch.distributed.checkpoint, so one that N ranks wrote loa
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import sys
+import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch.distributed.checkpoint as dcp
 
 from modalities.dist import barrier, broadcast_from_main
 from modalities.optim import Params
+from modalities.pbin import fsync
 from modalities.step import TrainState
 
 MANIFEST = "manifest.json"
@@ -38,10 +39,10 @@ class CheckpointConfig:
 
 
 def save(run: Path, state: TrainState, recipe: dict[str, Any], is_main: bool) -> Path:
-    """Write `run/step-N` from all ranks and return it; one that lies there already is left as it is."""
+    """Write `run/step-N` from all ranks and return it; a valid one that lies there already is left as it is."""
     path = run / f"step-{state.step:08}"
     part = path.with_suffix(".tmp")
-    if broadcast_from_main(path.exists()):
+    if broadcast_from_main(is_main and valid_or_aside(path)):
         return path
     if is_main:
         shutil.rmtree(part, ignore_errors=True)  # what a killed run left half-written
@@ -57,6 +58,18 @@ def save(run: Path, state: TrainState, recipe: dict[str, Any], is_main: bool) ->
         fsync(run)
     barrier()
     return path
+
+
+def valid_or_aside(path: Path) -> bool:
+    """Whether a valid checkpoint lies at `path`; a damaged one is renamed, so that its place is free."""
+    if not path.exists():
+        return False
+    try:
+        read_manifest(path)
+    except ValueError:
+        path.rename(path.with_name(f"{path.name}.damaged-{time.time_ns()}"))
+        return False
+    return True
 
 
 def write_manifest(folder: Path, state: TrainState) -> None:
@@ -75,13 +88,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint whose every file has the size and hash that it states, or a ValueError."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        files = manifest["files"].items()
+        step, _ = int(manifest["step"]), int(manifest["samples"])
+        files = [(folder / name, facts["size"], facts["sha256"]) for name, facts in manifest["files"].items()]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder} is no checkpoint: its {MANIFEST} is missing or broken ({error})") from None
-    for name, facts in files:
-        file = folder / name
-        if not file.is_file() or file.stat().st_size != facts["size"] or sha256(file) != facts["sha256"]:
-            raise ValueError(f"{folder} is damaged: {name} is missing or not what was saved")
+        raise ValueError(f"{folder} is no checkpoint: its {MANIFEST} is missing or broken ({error!r})") from None
+    if re.fullmatch(r"step-\d+", folder.name) and int(folder.name[5:]) != step:
+        raise ValueError(f"{folder} is damaged: its {MANIFEST} is of step {step}")
+    for file, size, digest in files:
+        if not file.is_file() or file.stat().st_size != size or sha256(file) != digest:
+            raise ValueError(f"{folder} is damaged: {file.name} is missing or not what was saved")
     return manifest
 
 
@@ -125,12 +140,3 @@ def quiet() -> warnings.catch_warnings:
 def sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def fsync(path: Path) -> None:
-    """Force a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

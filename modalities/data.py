@@ -14,11 +14,9 @@ import torch
 from torch import Tensor
 
 from modalities.dist import World
-from modalities.loss import IGNORED
+from modalities.loss import IGNORED, Batch
 from modalities.pbin import open_pbin
 from modalities.rng import fold, permute
-
-Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,14 +29,17 @@ class DataConfig:
     """Packed tokens to evaluate on, in fixed order; empty: no evaluation."""
     tokenizer: str = "data/demo/tokenizer.json"
     """The tokenizer that packed them, for samples and export; empty: no samples."""
+    eod: str = "<|endoftext|>"
+    """The token that ends a document there; a sample ends at it."""
     seq_len: int = 1024
-    """Length of a training sequence [tokens]."""
+    """Length of a training sequence [tokens]. Sequences are cut from the stream of documents wherever they fall."""
     global_batch: int = 32
     """Sequences of one optimizer step, over all ranks and micro-batches."""
 
     def __post_init__(self) -> None:
-        if self.seq_len < 1 or self.global_batch < 1:
-            raise ValueError(f"data: seq_len {self.seq_len} and global_batch {self.global_batch} must be at least 1")
+        for name in ("seq_len", "global_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"data.{name} is {getattr(self, name)}, but must be at least 1")
 
 
 class Sequences:
@@ -91,7 +92,10 @@ def rank_positions(samples: int, global_batch: int, rank: int, ranks: int) -> tu
 
 
 class TrainData:
-    """`batch(samples)` gives this rank's part of the global batch that follows the first `samples` sequences."""
+    """`batch(samples)` gives this rank's part of the global batch that follows the first `samples` sequences.
+
+    `read` is the pure function; `batch` is the same on the device, with the next batch being read meanwhile.
+    """
 
     def __init__(self, config: DataConfig, vocab_size: int, seed: int, micro_batch: int, world: World) -> None:
         self.config, self.seed, self.micro_batch, self.world = config, seed, micro_batch, world

@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
@@ -34,11 +34,21 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_main() -> bool:
+    """Whether this is the process that speaks for all, before and without a process group."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextlib.contextmanager
 def setup() -> Iterator[World]:
     """The world for as long as the context lasts: NCCL where there are GPUs, gloo on CPUs, nothing for one process."""
-    rank, local_rank, size = (int(os.environ.get(key, "0")) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    rank, local_rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0")), world_size()
     if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"torchrun started process {local_rank} of this machine, which has {torch.cuda.device_count()} GPU(s); "
+                "lower --nproc_per_node"
+            )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     else:
@@ -74,6 +84,30 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(tensor)
     return tensor
+
+
+def gather_objects(value: T) -> list[T]:
+    """The `value` of every rank, in the order of ranks, on every rank."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+@contextlib.contextmanager
+def all_or_none() -> Iterator[None]:
+    """A user's mistake (ValueError, OSError) that shows on some ranks is raised on all, so that none goes on alone."""
+    problem = None
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        problem = str(error)
+        if not torch.distributed.is_initialized():
+            raise
+    problems = [text for text in gather_objects(problem) if text is not None]
+    if problems:
+        raise ValueError(problems[0])
 
 
 def broadcast_from_main(value: T) -> T:

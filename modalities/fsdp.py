@@ -37,7 +37,7 @@ class ParallelConfig:
         return getattr(torch, self.param_dtype)
 
 
-def usable(config: ParallelConfig, device: torch.device) -> ParallelConfig:
+def without_missing_compiler(config: ParallelConfig, device: torch.device) -> ParallelConfig:
     """`config`, but without compilation on a CPU that has no C++ compiler: a bare machine trains too, only slower."""
     compiler = device.type != "cpu" or shutil.which(os.environ.get("CXX", "g++"))
     return config if compiler else replace(config, compile=False)

@@ -37,8 +37,9 @@ class SampleConfig:
     """Divides the logits; 0: always the likeliest token."""
 
     def __post_init__(self) -> None:
-        if self.every < 0 or self.num_tokens < 1 or self.temperature < 0:
-            raise ValueError("sample: every and temperature must not be negative, and num_tokens must be at least 1")
+        for name, least in (("every", 0), ("num_tokens", 1), ("temperature", 0)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"sample.{name} is {getattr(self, name)}, but must be at least {least}")
 
 
 def make_logits_fn(model: Transformer, params: Params, dtype: torch.dtype) -> LogitsFn:
@@ -86,45 +87,59 @@ def load_tokenizer(path: Path, vocab_size: int) -> "Tokenizer":
 
     if not path.is_file():
         raise ValueError(f"the tokenizer {path} is missing; data.tokenizer says where it is")
-    tokenizer = Tokenizer.from_file(str(path))
-    if tokenizer.get_vocab_size() > vocab_size:
-        raise ValueError(
-            f"the tokenizer {path} has {tokenizer.get_vocab_size():,} tokens, but model.vocab_size is {vocab_size:,}"
-        )
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing more precise
+        raise ValueError(f"{path} is not a tokenizer.json: {error}") from None
+    largest = max(tokenizer.get_vocab().values(), default=0)
+    if largest >= vocab_size:
+        raise ValueError(f"the tokenizer {path} has token {largest:,}, but model.vocab_size is {vocab_size:,}")
     return tokenizer
 
 
 def continue_text(
-    logits_fn: LogitsFn, tokenizer: "Tokenizer", config: SampleConfig, context: int, seed: int, device: torch.device
+    logits_fn: LogitsFn,
+    tokenizer: "Tokenizer",
+    eod: str,
+    config: SampleConfig,
+    context: int,
+    seed: int,
+    device: torch.device,
 ) -> str:
-    """The continuation of `config.prompt` as text."""
-    stop = tokenizer.token_to_id("<|endoftext|>")
+    """The continuation of `config.prompt` as text, which ends where the model ends the document."""
+    stop = tokenizer.token_to_id(eod)
     # Training saw documents begin after the end of another, so an empty prompt begins there too.
     prompt = tokenizer.encode(config.prompt).ids or ([stop] if stop is not None else [0])
     tokens = generate(logits_fn, prompt, config.num_tokens, config.temperature, context, seed, stop, device)
     return tokenizer.decode(list(tokens), skip_special_tokens=False)
 
 
-def load(path: Path) -> tuple[Transformer, Params, dict[str, Any], Path]:
-    """Model, weights on the CPU, recipe (as JSON) and tokenizer of a checkpoint, or of a run's newest one."""
+@dataclass(frozen=True)
+class Loaded:
+    """A checkpoint, ready to be used on one device."""
+
+    folder: Path
+    model: Transformer
+    params: Params
+    recipe: dict[str, Any]
+    """As in its `recipe.json`."""
+    tokenizer: Path
+
+
+def load(path: Path, device: torch.device) -> Loaded:
+    """A checkpoint, or a run's newest one; a ValueError says what is missing."""
     if (path / checkpoint.MANIFEST).exists():
-        folder = path
-        checkpoint.read_manifest(folder)
-    else:
-        newest = checkpoint.newest(path)
-        if newest is None:
-            raise ValueError(f"{path} holds no checkpoint; give a run (runs/<name>) or a checkpoint in it (step-N)")
-        folder = newest
+        checkpoint.read_manifest(path)
+    folder = path if (path / checkpoint.MANIFEST).exists() else checkpoint.newest(path)
+    if folder is None:
+        raise ValueError(f"{path} holds no checkpoint; give a run (runs/<name>) or a checkpoint in it (step-N)")
     recipe = loads((folder / "recipe.json").read_text())
     model = build_skeleton(from_dict(ModelConfig, recipe["model"], "model"))
-    params = {name: torch.empty(p.shape) for name, p in model.named_parameters()}
-    tokenizer = folder.parent / "tokenizer.json"
-    return (
-        model,
-        checkpoint.load_params(folder, params),
-        recipe,
-        tokenizer if tokenizer.exists() else Path(recipe["data"]["tokenizer"]),
-    )
+    params = checkpoint.load_params(folder, {name: torch.empty(p.shape) for name, p in model.named_parameters()})
+    tokenizer = folder.parent / "tokenizer.json"  # the run's own copy
+    if not tokenizer.exists():
+        tokenizer = Path(recipe["data"]["tokenizer"])
+    return Loaded(folder, model, {name: p.to(device) for name, p in params.items()}, recipe, tokenizer)
 
 
 def main(
@@ -138,17 +153,18 @@ def main(
         num_tokens: Length of the continuation [tokens].
         temperature: Divides the logits; 0: always the likeliest token.
         seed: Another seed, another text.
-        json: Print one JSON object with prompt, text and checkpoint's run instead of the text.
+        json: Print one JSON object with the checkpoint, the prompt and the text instead of the text.
     """
     config = SampleConfig(prompt=prompt, num_tokens=num_tokens, temperature=temperature)
-    model, params, recipe, tokenizer = load(run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = getattr(torch, recipe["parallel"]["param_dtype"])
-    logits_fn = make_logits_fn(model, {name: p.to(device) for name, p in params.items()}, dtype)
-    text = continue_text(
-        logits_fn, load_tokenizer(tokenizer, model.config.vocab_size), config, recipe["data"]["seq_len"], seed, device
-    )
-    print(dumps({"run": str(run), "prompt": prompt, "text": text}) if json else prompt + text)
+    loaded = load(run, device)
+    data = loaded.recipe["data"]
+    if not data["tokenizer"]:
+        raise ValueError(f"{run} was trained without a tokenizer (data.tokenizer is empty), so it knows no text")
+    tokenizer = load_tokenizer(loaded.tokenizer, loaded.model.config.vocab_size)
+    logits_fn = make_logits_fn(loaded.model, loaded.params, getattr(torch, loaded.recipe["parallel"]["param_dtype"]))
+    text = continue_text(logits_fn, tokenizer, data["eod"], config, data["seq_len"], seed, device)
+    print(dumps({"checkpoint": f"{loaded.folder}", "prompt": prompt, "text": text}) if json else prompt + text)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,12 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import platform
-import socket
+import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -82,7 +81,10 @@ TAGS = {
 class Log:
     """The writers of a run. Ranks other than the main one have one with `folder=None`, which writes nothing."""
 
-    def __init__(self, folder: Path | None, config: LogConfig, progress: Progress, recipe: dict[str, Any]) -> None:
+    def __init__(
+        self, folder: Path | None, config: LogConfig, progress: Progress, recipe: dict[str, Any], step: int = 0
+    ) -> None:
+        """`step`: where the run goes on; what an earlier start wrote of later steps is outdated."""
         self.folder, self.config, self.progress = folder, config, progress
         self.pending: tuple[int, int, dict[str, Tensor | float]] | None = None
         self.opened = time.perf_counter()
@@ -91,10 +93,12 @@ class Log:
         if folder is None:
             return
         self.lines = (folder / "metrics.jsonl").open("a", buffering=1)
+        if not ends_with_newline(folder / "metrics.jsonl"):
+            self.lines.write("\n")  # a killed run broke off within a line
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(folder / "tb")
+            self.board = SummaryWriter(folder / "tb", purge_step=step + 1 if step else None)
         if config.wandb != "off":
             self.wandb = start_wandb(folder, config, recipe)
 
@@ -142,10 +146,12 @@ class Log:
             f"  |grad| {values['grad_norm']:.3f}{pace}"
         )
 
-    def val(self, step: int, samples: int, name: str, loss: float) -> None:
-        self.write(step, samples, {f"val/{name}/loss": loss})
-        perplexity = math.exp(loss) if loss < 50 else math.inf
-        self.say(f"step {step}: val/{name} loss {loss:.4f}, perplexity {perplexity:,.2f}")
+    def val(self, step: int, samples: int, losses: Mapping[str, Tensor | float]) -> None:
+        """Write the loss of each validation set by its name [nats per token]."""
+        for name, loss in ((name, float(loss)) for name, loss in losses.items()):
+            self.write(step, samples, {f"val/{name}/loss": loss})
+            perplexity = math.exp(loss) if loss < 50 else math.inf
+            self.say(f"step {step}: val/{name} loss {loss:.4f}, perplexity {perplexity:,.2f}")
 
     def sample(self, step: int, prompt: str, text: str | None) -> None:
         if self.folder is None or text is None:
@@ -185,14 +191,22 @@ def start_wandb(folder: Path, config: LogConfig, recipe: dict[str, Any]) -> Any:
         import wandb
     except ImportError:
         raise ImportError("log.wandb needs the package wandb: pip install 'modalities[wandb]'") from None
-    return wandb.init(
-        project=config.wandb_project,
-        name=folder.name,
-        dir=folder,
-        mode="online" if config.wandb == "online" else "offline",
-        config=recipe,
-        resume="allow",
-    )
+    # One W&B run for all starts of this run.
+    file = folder / "wandb_id"
+    if not file.exists():
+        file.write_text(secrets.token_hex(4))
+    try:
+        return wandb.init(
+            project=config.wandb_project,
+            name=folder.name,
+            dir=folder,
+            mode="online" if config.wandb == "online" else "offline",
+            config=recipe,
+            id=file.read_text(),
+            resume="allow",
+        )
+    except wandb.Error as error:
+        raise ValueError(f"log.wandb: {error}; log.wandb offline needs neither account nor network") from None
 
 
 def environment() -> dict[str, Any]:
@@ -207,8 +221,6 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
-        "host": socket.gethostname(),
-        "ranks": int(os.environ.get("WORLD_SIZE", "1")),
     }
 
 
@@ -216,16 +228,26 @@ def _git(*args: str) -> str | None:
     """What git says of the checkout that this file lies in; None where there is no git or no checkout."""
     here = Path(__file__).parent
     try:
-        return subprocess.run(["git", *args], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        done = subprocess.run(["git", *args], cwd=here, capture_output=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
+    return done.stdout.decode(errors="replace").strip()
+
+
+def ends_with_newline(path: Path) -> bool:
+    """Whether a text file is empty or its last line is whole."""
+    with path.open("rb") as file:
+        return file.seek(0, 2) == 0 or (file.seek(-1, 2) >= 0 and file.read(1) == b"\n")
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
     """The lines of `metrics.jsonl` in the order of steps; of a step that was run again, the later word."""
     latest: dict[tuple[int, frozenset[str]], dict[str, float]] = {}
     for line in (folder / "metrics.jsonl").read_text().splitlines():
-        values = json.loads(line)
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError:  # a killed run broke off within it; the step was run again
+            continue
         kind = frozenset(key for key in values if key == "loss" or key.startswith("val/"))
         latest[values["step"], kind] = values
     return sorted(latest.values(), key=lambda values: values["step"])

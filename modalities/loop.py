@@ -1,6 +1,8 @@
 """The one training loop. `train(recipe)` reads like the picture in the README; what it calls is set up above it."""
 
+import contextlib
 import json
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,17 +11,20 @@ from typing import Any
 from torch import Tensor
 
 from modalities import checkpoint, dist, fsdp, generate, log, optim, step
-from modalities.config import differences, from_dict, to_dict
+from modalities.config import differences, to_dict
 from modalities.data import TrainData, ValData
 from modalities.model import build_skeleton, flops_per_token, num_params
 from modalities.pbin import write_beside
-from modalities.recipe import Recipe, check_ranks
+from modalities.recipe import Recipe, check_ranks, from_json
 from modalities.rng import fold
 from modalities.step import TrainState
 
-# A run's folder belongs to one recipe; these fields may differ when it is continued, for they do not change its
-# weights.
-HARMLESS = ("name", "log.", "checkpoint.", "eval.", "sample.", "parallel.micro_batch", "parallel.compile")
+# A run's folder belongs to one recipe. These fields may differ when it is continued: they change nothing that is
+# computed but the order of roundings, and the random numbers of dropout.
+HARMLESS = (
+    "name", "log.", "checkpoint.", "eval.", "sample.", "data.val", "data.tokenizer", "data.eod", "parallel.micro_batch",
+    "parallel.compile",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -47,34 +52,27 @@ def train(recipe: Recipe, source: Path | None = None) -> Path:
     `source`: the file that the recipe came from, kept beside it.
     """
     with dist.setup() as world:
-        check_ranks(recipe, world.size)
-        check_folder(recipe)
-        run, state = build(recipe, world)
-        newest = dist.broadcast_from_main(checkpoint.newest(recipe.folder) if world.is_main else None)
-        state = checkpoint.restore(newest, state) if newest else state
-        run.check_data(state.samples)
-        if world.is_main:
-            describe_folder(recipe, source)
-        out = open_log(recipe, world, state)
-        while state.step < recipe.steps:
-            batch = run.data.batch(state.samples)
-            state, metrics = run.train_step(state, batch)
-            out.train(state.step, state.samples, metrics)
+        run, state, saved = start(recipe, source, world)
+        with contextlib.closing(open_log(recipe, world, state)) as out:
+            if state.step == 0 and recipe.eval.every:
+                out.val(state.step, state.samples, run.evaluate(state.params))
+            while state.step < recipe.steps:
+                batch = run.data.batch(state.samples)
+                state, metrics = run.train_step(state, batch)
+                out.train(state.step, state.samples, metrics)
 
-            if due(recipe.eval.every, state.step, recipe.steps):
-                with out.aside(state.step):
-                    for name, loss in run.evaluate(state.params).items():
-                        out.val(state.step, state.samples, name, float(loss))
-            if due(recipe.sample.every, state.step, recipe.steps):
-                with out.aside(state.step):
-                    out.sample(state.step, recipe.sample.prompt, run.sample(state.params, state.step))
-            if due(recipe.checkpoint.every, state.step, recipe.steps):
-                with out.aside(state.step):
-                    saved = checkpoint.save(recipe.folder, state, to_dict(recipe), world.is_main)
-                    out.say(f"step {state.step}: saved {saved}")
-        out.close()
+                if due(recipe.eval.every, state.step, recipe.steps):
+                    with out.aside(state.step):
+                        out.val(state.step, state.samples, run.evaluate(state.params))
+                if due(recipe.sample.every, state.step, recipe.steps):
+                    with out.aside(state.step):
+                        out.sample(state.step, recipe.sample.prompt, run.sample(state.params, state.step))
+                if due(recipe.checkpoint.every, state.step, recipe.steps):
+                    with out.aside(state.step):
+                        saved = checkpoint.save(recipe.folder, state, to_dict(recipe), world.is_main)
+                        out.say(f"step {state.step}: saved {saved}")
         if world.is_main:
-            print(summary(recipe))
+            print(summary(recipe, saved))
     return recipe.folder
 
 
@@ -83,10 +81,30 @@ def due(every: int, now: int, last: int) -> bool:
     return now == last or (every > 0 and now % every == 0)
 
 
+def start(recipe: Recipe, source: Path | None, world: dist.World) -> tuple[Run, TrainState, Path | None]:
+    """The run's functions, its state from the newest checkpoint or anew, and that checkpoint; its folder described.
+
+    Whatever a user can have got wrong shows here, on all ranks, before the folder is touched.
+    """
+    with dist.all_or_none():
+        check_ranks(recipe, world.size)
+        check_folder(recipe)
+        run, state = build(recipe, world)
+        newest = checkpoint.newest(recipe.folder) if world.is_main else None
+    newest = dist.broadcast_from_main(newest)
+    state = checkpoint.restore(newest, state) if newest else state
+    with dist.all_or_none():
+        run.check_data(state.samples)
+    hosts = dist.gather_objects(socket.gethostname())
+    if world.is_main:
+        describe_folder(recipe, source, {"hosts": hosts})
+    return run, state, newest
+
+
 def build(recipe: Recipe, world: dist.World) -> tuple[Run, TrainState]:
     """The run's functions and its initial state: skeleton → parallelize → initial weights → functions of them."""
     sharded = world.mesh is not None
-    parallel, model = fsdp.usable(recipe.parallel, world.device), build_skeleton(recipe.model)
+    parallel, model = fsdp.without_missing_compiler(recipe.parallel, world.device), build_skeleton(recipe.model)
     data = TrainData(recipe.data, recipe.model.vocab_size, recipe.seed, parallel.micro_batch, world)
     optimizer = optim.adamw(recipe.optim, [name for name, _ in model.named_parameters()])
     fsdp.parallelize(model, world.mesh, parallel)
@@ -117,7 +135,9 @@ def build(recipe: Recipe, world: dist.World) -> tuple[Run, TrainState]:
             return None
         logits_fn = generate.make_logits_fn(model, params, parallel.compute_dtype)
         seed = fold(recipe.seed, "sample", i)
-        return generate.continue_text(logits_fn, tokenizer, recipe.sample, recipe.data.seq_len, seed, world.device)
+        return generate.continue_text(
+            logits_fn, tokenizer, recipe.data.eod, recipe.sample, recipe.data.seq_len, seed, world.device
+        )
 
     return Run(data, train_step, val, evaluate, sample), TrainState(params, optimizer.init(params))
 
@@ -127,18 +147,18 @@ def check_folder(recipe: Recipe) -> None:
     path = recipe.folder / "recipe.json"
     if not path.exists():
         return
-    before = from_dict(Recipe, json.loads(path.read_text()))
-    for field, old, new in differences(before, recipe):
+    for field, old, new in differences(from_json(path), recipe):
         if not field.startswith(HARMLESS):
+            empty = "" if any(recipe.folder.glob("step-*")) else " (it holds no checkpoint: you may remove it)"
             raise ValueError(
-                f"{recipe.folder} was trained with {field} {old!r}, not {new!r}; give this run another --name, "
+                f"{recipe.folder} was begun with {field} {old!r}, not {new!r}{empty}; give this run another --name, "
                 "or the same recipe to continue that one"
             )
 
 
-def describe_folder(recipe: Recipe, source: Path | None) -> None:
+def describe_folder(recipe: Recipe, source: Path | None, facts: dict[str, Any]) -> None:
     """Write into the run's folder, unless an earlier start did: recipe, its source, tokenizer, environment."""
-    files = {"environment.json": as_json(log.environment()), "recipe.json": as_json(to_dict(recipe))}
+    files = {"environment.json": as_json(log.environment() | facts), "recipe.json": as_json(to_dict(recipe))}
     if source is not None and source.suffix == ".py":
         files["recipe.py"] = source.read_bytes()
     if Path(recipe.data.tokenizer).is_file():
@@ -165,20 +185,20 @@ def open_log(recipe: Recipe, world: dist.World, state: TrainState) -> log.Log:
         peak_flops=peak and peak * world.size,
         asynchronous=world.device.type != "cpu",
     )
-    out = log.Log(recipe.folder if world.is_main else None, recipe.log, progress, to_dict(recipe))
+    out = log.Log(recipe.folder if world.is_main else None, recipe.log, progress, to_dict(recipe), state.step)
     compiling = "compiled (the first step takes long)" if recipe.parallel.compile else "not compiled"
-    if recipe.parallel.compile and not fsdp.usable(recipe.parallel, world.device).compile:
+    if recipe.parallel.compile and not fsdp.without_missing_compiler(recipe.parallel, world.device).compile:
         compiling = "not compiled, for torch.compile finds no C++ compiler (g++): slower"
     start = f"continuing {recipe.folder} after step {state.step}" if state.step else f"starting {recipe.folder}"
     out.say(
-        f"{start}: {num_params(recipe.model):,} parameters, {flops / 1e6:,.0f} MFLOPs a token, "
+        f"{start}: {num_params(recipe.model):,} parameters, {flops / 1e6:,.3g} MFLOPs a token, "
         f"{recipe.steps} steps of {recipe.tokens_per_step:,} tokens, {world.size} rank(s) on {world.device.type}, "
         f"{recipe.parallel.param_dtype}, {compiling}"
     )
     return out
 
 
-def summary(recipe: Recipe) -> str:
+def summary(recipe: Recipe, saved: Path | None) -> str:
     """What came of a run that is done, and where it lies; draws its curves."""
     folder = recipe.folder
     picture = log.plot(folder, f"{recipe.name}: {num_params(recipe.model) / 1e6:.1f}M parameters")
@@ -190,10 +210,12 @@ def summary(recipe: Recipe) -> str:
     rows = {
         "losses": ", ".join(losses),
         "curve": f"{curve[0]:.2f} {log.sparkline(curve)} {curve[-1]:.2f}" if curve else "no finite loss",
-        "curves": f"{picture}   (tensorboard --logdir {folder.parent})",
+        "curves": f"{picture}" + (f"   (tensorboard --logdir {folder.parent})" if recipe.log.tensorboard else ""),
         "metrics": folder / "metrics.jsonl",
-        "checkpoint": checkpoint.newest(folder),
+        "checkpoint": saved,
         "text": f'python -m modalities.generate {folder} --prompt "{recipe.sample.prompt}"',
         "again": f"python train.py --recipe {folder / 'recipe.json'} --name NEW",
     }
+    if not recipe.data.tokenizer:
+        del rows["text"]
     return f"{recipe.name} is trained.\n" + "\n".join(f"  {key:<11} {value}" for key, value in rows.items())

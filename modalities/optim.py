@@ -68,8 +68,11 @@ class OptimConfig:
     schedule: ScheduleConfig = ScheduleConfig()
 
     def __post_init__(self) -> None:
-        if self.lr < 0 or self.eps <= 0 or self.weight_decay < 0 or self.grad_clip < 0:
-            raise ValueError("optim: lr, weight_decay and grad_clip must not be negative, and eps must be positive")
+        for name in ("lr", "weight_decay", "grad_clip"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"optim.{name} is {getattr(self, name)}, but must be finite and not negative")
+        if not self.eps > 0:
+            raise ValueError(f"optim.eps is {self.eps}, but must be positive")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optim.betas is {self.betas}, but each must be in [0, 1)")
         for pattern, _ in self.decay_rules:

@@ -15,7 +15,7 @@ from modalities import cli
 from modalities.checkpoint import CheckpointConfig
 from modalities.config import from_dict, to_dict
 from modalities.data import DataConfig, TrainData
-from modalities.dist import World, world_size
+from modalities.dist import World, is_main, world_size
 from modalities.fsdp import ParallelConfig
 from modalities.generate import SampleConfig
 from modalities.log import LogConfig
@@ -46,6 +46,12 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps is {self.steps}, but must be at least 1")
+        schedule, stride = self.optim.schedule, 1 if self.optim.schedule.unit == "steps" else self.tokens_per_step
+        if schedule.kind == "wsd" and schedule.warmup + schedule.decay > self.steps * stride:
+            raise ValueError(
+                f"optim.schedule: warmup {schedule.warmup} and decay {schedule.decay} do not fit into the run's "
+                f"{self.steps * stride} {schedule.unit}"
+            )
         if "/" in self.name or self.name in (".", ".."):
             raise ValueError(f"name is {self.name!r}, but must be a folder's name; log.dir says where it lies")
         if self.data.seq_len > self.model.max_seq_len:
@@ -76,11 +82,12 @@ def check_ranks(recipe: Recipe, ranks: int) -> None:
 def load(name: str) -> tuple[Recipe, Path]:
     """The recipe called `name` (a name, a path to a `.py`, or to a run's `recipe.json`), and the file it came from."""
     path = cli.find_recipe(name)
-    recipe = _from_json(path) if path.suffix == ".json" else _from_python(path)
+    recipe = from_json(path) if path.suffix == ".json" else _from_python(path)
     return recipe if recipe.name else replace(recipe, name=path.stem), path
 
 
-def _from_json(path: Path) -> Recipe:
+def from_json(path: Path) -> Recipe:
+    """The recipe in a run's `recipe.json`; a ValueError names the file and the field."""
     try:
         return from_dict(Recipe, json.loads(path.read_text()))
     except json.JSONDecodeError as error:
@@ -95,12 +102,15 @@ def _from_python(path: Path) -> Recipe:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except (ValueError, TypeError, SyntaxError, NameError) as error:
-        raise ValueError(f"{path}: {error}") from error
+    except Exception as error:  # it is the user's code, which may raise anything
+        raise ValueError(f"{path}: {type(error).__name__}: {error}") from error
     recipe = getattr(module, "recipe", None)
     if not isinstance(recipe, Recipe):
         raise ValueError(f"{path} defines no `recipe = Recipe(...)`")
-    return recipe
+    try:  # what Python lets pass (3.0 for 3, a list for a tuple) would not come back from recipe.json as it was
+        return from_dict(Recipe, to_dict(recipe))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def parse(recipe: Recipe, args: Sequence[str], prog: str) -> Recipe:
@@ -128,12 +138,18 @@ def memory_per_rank(recipe: Recipe, ranks: int) -> dict[str, float]:
     }
 
 
-def describe(recipe: Recipe) -> str:
-    """The answer to `--dry-run`: the resolved recipe, its size, FLOPs, memory per rank and the first batch's shape."""
+def dry_run(recipe: Recipe) -> None:
+    """Print the resolved recipe, its size, FLOPs, memory per rank and the first batch's shape, once for all ranks."""
     ranks = world_size()
     check_ranks(recipe, ranks)
-    one_process = World(rank=0, size=ranks, device=torch.device("cpu"), mesh=None)
-    data = TrainData(recipe.data, recipe.model.vocab_size, recipe.seed, recipe.parallel.micro_batch, one_process)
+    description = describe(recipe, ranks)
+    if is_main():
+        print(description)
+
+
+def describe(recipe: Recipe, ranks: int) -> str:
+    first_rank = World(rank=0, size=ranks, device=torch.device("cpu"), mesh=None)
+    data = TrainData(recipe.data, recipe.model.vocab_size, recipe.seed, recipe.parallel.micro_batch, first_rank)
     shape = tuple(data.read(0)["inputs"].shape)
     memory = memory_per_rank(recipe, ranks)
     parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in memory.items())

@@ -20,7 +20,8 @@ def permute(indices: np.ndarray, n: int, seed: int) -> np.ndarray:
     """Where a pseudo-random permutation of `range(n)` sends each of `indices` (any shape, int64, each in [0, n)).
 
     A Feistel network over the next power of two is a bijection; following a cycle until it lands below `n` ("cycle
-    walking") restricts it to one on `range(n)`. The domain is under 2n, so a walk takes under two rounds on average.
+    walking") restricts it to one on `range(n)`. From n = 33 the domain is under 2n, so a walk takes
+    under two rounds on average.
     Source: Black and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002.
     """
     assert n > 0

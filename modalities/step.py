@@ -35,8 +35,9 @@ class EvalConfig:
     """Sequences of the validation set to read, from its beginning; 0: all."""
 
     def __post_init__(self) -> None:
-        if self.every < 0 or self.samples < 0:
-            raise ValueError("eval.every and eval.samples must not be negative")
+        for name in ("every", "samples"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"eval.{name} is {getattr(self, name)}, but must not be negative")
 
 
 @dataclass

@@ -3,7 +3,7 @@
     python prep.py demo
     python train.py --recipe demo
 
-Needs 1.5 GB of memory; a C++ compiler makes it twice as fast. On two cores of a Xeon of 2023 (bf16 matrix units): MEASURED.
+MEASURED
 """
 
 from modalities.checkpoint import CheckpointConfig
@@ -23,7 +23,7 @@ recipe = Recipe(
     optim=OptimConfig(lr=3e-3, betas=(0.9, 0.99), schedule=ScheduleConfig(kind="cosine", warmup=50, final=0.0)),
     parallel=ParallelConfig(micro_batch=8),
     eval=EvalConfig(every=150),
-    sample=SampleConfig(every=300, prompt="def ", num_tokens=64),
+    sample=SampleConfig(every=300, prompt="    def __init__(self", num_tokens=64),
     checkpoint=CheckpointConfig(every=300),
     log=LogConfig(every=10),
 )

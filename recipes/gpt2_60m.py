@@ -9,6 +9,7 @@ from modalities.fsdp import ParallelConfig
 from modalities.model import ModelConfig
 from modalities.optim import OptimConfig, ScheduleConfig
 from modalities.recipe import Recipe
+from modalities.step import EvalConfig
 
 recipe = Recipe(
     steps=2000,
@@ -16,5 +17,6 @@ recipe = Recipe(
     data=DataConfig(seq_len=512, global_batch=16),
     optim=OptimConfig(lr=1e-3, schedule=ScheduleConfig(kind="cosine", warmup=100)),
     parallel=ParallelConfig(micro_batch=4),
+    eval=EvalConfig(every=500, samples=64),
     checkpoint=CheckpointConfig(every=500),
 )

@@ -109,6 +109,29 @@ def test_a_damaged_checkpoint_is_passed_over(saved: Path, damage: str, capsys: p
     assert "step-00000002" in capsys.readouterr().err
 
 
+def test_a_damaged_checkpoint_is_put_aside_and_saved_again(saved: Path, tmp_path: Path) -> None:
+    newest = saved / "step-00000002"
+    flip_a_bit(next(newest.glob("*.distcp")))
+    with dist.setup() as world:
+        run, state = loop.build(tiny.recipe(tmp_path), world)
+        state = checkpoint.restore(saved / "step-00000001", state)
+        state, _ = run.train_step(state, run.data.batch(state.samples))
+        assert checkpoint.save(saved, state, to_dict(tiny.recipe(tmp_path)), is_main=True) == newest
+    assert checkpoint.newest(saved) == newest
+    assert len(list(saved.glob("step-00000002.damaged-*"))) == 1
+
+
+def test_a_checkpoint_under_another_name_is_not_valid(saved: Path) -> None:
+    (saved / "step-00000002").rename(saved / "step-00000009")
+    assert checkpoint.newest(saved) == saved / "step-00000001"
+
+
+@pytest.mark.parametrize("manifest", ["[]", "{}", '{"step": 2, "samples": 16, "files": {"x": 3}}', "null"])
+def test_a_manifest_of_another_shape_is_damage(saved: Path, manifest: str) -> None:
+    (saved / "step-00000002" / "manifest.json").write_text(manifest)
+    assert checkpoint.newest(saved) == saved / "step-00000001"
+
+
 def test_nothing_half_written_counts(saved: Path) -> None:
     (saved / "step-00000002").rename(saved / "step-00000002.tmp")
     assert checkpoint.newest(saved) == saved / "step-00000001"

@@ -31,8 +31,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def continuation(run: Path, prompt: list[int], n: int, temperature: float = 0.0, **options: int | None) -> list[int]:
-    model, params, _, _ = load(run)
-    logits_fn = make_logits_fn(model, params, torch.float32)
+    loaded = load(run, CPU)
+    logits_fn = make_logits_fn(loaded.model, loaded.params, torch.float32)
     settings = {"context": 32, "seed": 0, "stop": None, **options}
     return list(generate.generate(logits_fn, prompt, n, temperature, device=CPU, **settings))  # type: ignore[arg-type]
 
@@ -83,7 +83,7 @@ def test_the_same_text_on_one_rank_and_on_two(tmp_path: Path) -> None:
 
 def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path: Path) -> None:
     path = write_tokenizer(tmp_path / "tokenizer.json", size=101)
-    with pytest.raises(ValueError, match=r"has 101 tokens, but model\.vocab_size is 100"):
+    with pytest.raises(ValueError, match=r"has token 100, but model\.vocab_size is 100"):
         load_tokenizer(path, 100)
     with pytest.raises(ValueError, match=r"none\.json is missing"):
         load_tokenizer(tmp_path / "none.json", 100)

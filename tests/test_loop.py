@@ -6,17 +6,21 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from modalities import checkpoint, loop
-from modalities.config import from_dict
+from modalities import checkpoint, dist, loop
+from modalities.config import from_dict, to_dict
+from modalities.data import TrainData
+from modalities.fsdp import ParallelConfig
 from modalities.log import read_metrics
 from modalities.model import ModelConfig
-from modalities.recipe import Recipe
+from modalities.pbin import open_pbin, write_pbin
+from modalities.recipe import Recipe, load
 
 DROPOUT = replace(tiny.MODEL, dropout=0.1)
 
@@ -68,6 +72,14 @@ def test_ten_steps_and_ten_more_are_twenty_to_the_bit(tmp_path: Path, ranks: int
     assert logged.count(11) == 2, "the resumed run started at step 10 and not anew"
 
 
+def test_the_default_precision_and_compilation_resume_to_the_bit_too(tmp_path: Path) -> None:
+    parallel = ParallelConfig(micro_batch=4, param_dtype="bfloat16", compile=True)
+    recipe = tiny.recipe(tmp_path, model=DROPOUT, parallel=parallel, data=replace(tiny.recipe(tmp_path).data, val=""))
+    straight = train_on(1, recipe)
+    shutil.copytree(straight, tmp_path / "runs" / "resumed", ignore=shutil.ignore_patterns("step-00000020"))
+    assert_same_weights(straight, train_on(1, replace(recipe, name="resumed")))
+
+
 def test_one_and_two_ranks_are_the_same_run(tmp_path: Path) -> None:
     one = train_on(1, tiny.recipe(tmp_path, name="one"))
     two = train_on(2, tiny.recipe(tmp_path, name="two"))
@@ -112,7 +124,7 @@ def test_another_recipe_does_not_continue_a_run(tmp_path: Path) -> None:
     folder = train_on(1, recipe)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     changed = replace(recipe, optim=replace(recipe.optim, lr=0.5))
-    with pytest.raises(ValueError, match=r"optim\.lr 0\.01, not 0\.5"):
+    with pytest.raises(ValueError, match=r"begun with optim\.lr 0\.01, not 0\.5"):
         train_on(1, changed)
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     train_on(1, replace(recipe, log=replace(recipe.log, every=5)))  # what does not change weights may differ
@@ -130,3 +142,44 @@ def test_data_that_cannot_be_used_leaves_no_folder(tmp_path: Path, model: ModelC
     with pytest.raises(ValueError, match=message):
         train_on(1, recipe)
     assert not recipe.folder.exists()
+
+
+def refuse(recipe: Recipe) -> None:
+    with pytest.raises(ValueError, match="token 99, but model.vocab_size is 99"):
+        loop.train(recipe)
+
+
+def test_bad_data_on_one_rank_is_refused_by_all_and_leaves_no_folder(tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path)
+    # With this seed the sequence that holds the token goes to the second rank's part of the first batch.
+    with dist.setup() as world:
+        numbers = TrainData(recipe.data, 100, recipe.seed, 2, replace(world, rank=1, size=2)).numbers(0)
+    tokens = open_pbin(tmp_path / "train.pbin").tokens.astype(np.int64) % 99
+    tokens[numbers[0] * 32 + 5] = 99
+    with write_pbin(tmp_path / "bad.pbin", 100) as append:
+        append(tokens)
+    model = replace(tiny.MODEL, vocab_size=99)
+    recipe = replace(recipe, model=model, data=replace(recipe.data, train=str(tmp_path / "bad.pbin"), val=""))
+    tiny.run_ranks(2, refuse, recipe)
+    assert not recipe.folder.exists()
+
+
+def test_a_line_that_a_killed_run_broke_off_does_no_harm(tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path)
+    folder = train_on(1, recipe)
+    shutil.rmtree(folder / "step-00000020")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 20, "sam')
+    train_on(1, recipe)
+    assert len(losses(folder)) == 20 and (folder / "step-00000020").exists()
+
+
+def test_a_recipe_may_say_what_python_lets_pass(tmp_path: Path) -> None:
+    """Lists for tuples and whole numbers for floats come back from recipe.json as they went."""
+    text = (Path(__file__).parents[1] / "recipes" / "demo.py").read_text()
+    (tmp_path / "loose.py").write_text(text.replace("betas=(0.9, 0.99)", "betas=[0, 0.99]"))
+    recipe, _ = load(str(tmp_path / "loose.py"))
+    assert recipe.optim.betas == (0.0, 0.99) and from_dict(Recipe, to_dict(recipe)) == recipe
+    (tmp_path / "wrong.py").write_text(text.replace("steps=900", "steps=9e2"))
+    with pytest.raises(ValueError, match=r"wrong\.py: steps is 900\.0, but should be int"):
+        load(str(tmp_path / "wrong.py"))

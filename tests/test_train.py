@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 SMALL_MODEL = ["--model.num-layers=2", "--model.width=64", "--model.num-heads=4", "--model.max-seq-len=64"]
 SMALL_RUN = ["--data.seq-len=64", "--data.global-batch=4", "--parallel.micro-batch=2", "--parallel.no-compile"]
 SMALL_RUN += ["--parallel.param-dtype=float32", "--eval.samples=8", "--eval.every=10", "--sample.num-tokens=8"]
-SMALL_RUN += ["--sample.every=10", "--checkpoint.every=10", "--log.every=1"]
+SMALL_RUN += ["--sample.every=10", "--checkpoint.every=10", "--log.every=1", "--optim.schedule.warmup=5"]
 SMALL = SMALL_MODEL + SMALL_RUN
 
 
@@ -53,7 +53,7 @@ def test_from_documents_to_text(here: Path) -> None:
     run = here / "runs" / "demo"
     assert "val/val loss" in shown and "tokens/s" in shown and "eta" in shown and "runs/demo/loss.png" in shown
     assert (run / "recipe.py").read_bytes() == (ROOT / "recipes" / "demo.py").read_bytes()
-    assert {"git_commit", "torch", "python", "host", "command"} <= json.loads(
+    assert {"git_commit", "torch", "python", "hosts", "command"} <= json.loads(
         (run / "environment.json").read_text()
     ).keys()
     assert (run / "tokenizer.json").read_bytes() == (here / "data/demo/tokenizer.json").read_bytes()
@@ -137,6 +137,18 @@ def test_dry_run_says_what_would_happen_and_does_nothing(here: Path) -> None:
     assert not (here / "runs").exists()
 
 
+def test_a_mistake_under_torchrun_is_said_and_fails(here: Path) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    done = command(*torchrun, str(ROOT / "train.py"), "--recipe", "demo", "--data.global-batch", "18", cwd=here)
+    assert done.returncode == 1 and "error: data.global_batch 18 is not divisible by 2 rank(s)" in done.stderr
+    assert "ValueError" not in done.stderr and not (here / "runs").exists()
+
+
+def test_dry_run_speaks_once_for_all_ranks(here: Path) -> None:
+    shown = train("--recipe", "gpt2_60m", "--dry-run", cwd=here, ranks=2)
+    assert shown.count("memory per rank") == 1 and "on 2 rank(s)" in shown
+
+
 def test_help_lists_recipes_and_fields(here: Path) -> None:
     listed = train("--help", cwd=here)
     assert "demo" in listed and "gpt2_60m" in listed
@@ -157,6 +169,7 @@ MISTAKES = {
     ),
     "global batch": (["--recipe", "demo", "--data.global-batch", "17"], "data.global_batch 17"),
     "no data": (["--recipe", "demo", "--data.train", "no.pbin"], "no.pbin is missing"),
+    "no name": (["--recipe"], "--recipe"),
     "no such json": (["--recipe", "runs/x/recipe.json"], "runs/x/recipe.json"),
 }
 
