@@ -14,13 +14,13 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from modalities import checkpoint, dist, loop
-from modalities.config import from_dict, to_dict
+from modalities.config import from_dict
 from modalities.data import TrainData
 from modalities.fsdp import ParallelConfig
 from modalities.log import read_metrics
 from modalities.model import ModelConfig
 from modalities.pbin import open_pbin, write_pbin
-from modalities.recipe import Recipe, load
+from modalities.recipe import Recipe
 
 DROPOUT = replace(tiny.MODEL, dropout=0.1)
 
@@ -172,14 +172,3 @@ def test_a_line_that_a_killed_run_broke_off_does_no_harm(tmp_path: Path) -> None
         file.write('{"step": 20, "sam')
     train_on(1, recipe)
     assert len(losses(folder)) == 20 and (folder / "step-00000020").exists()
-
-
-def test_a_recipe_may_say_what_python_lets_pass(tmp_path: Path) -> None:
-    """Lists for tuples and whole numbers for floats come back from recipe.json as they went."""
-    text = (Path(__file__).parents[1] / "recipes" / "demo.py").read_text()
-    (tmp_path / "loose.py").write_text(text.replace("betas=(0.9, 0.99)", "betas=[0, 0.99]"))
-    recipe, _ = load(str(tmp_path / "loose.py"))
-    assert recipe.optim.betas == (0.0, 0.99) and from_dict(Recipe, to_dict(recipe)) == recipe
-    (tmp_path / "wrong.py").write_text(text.replace("steps=900", "steps=9e2"))
-    with pytest.raises(ValueError, match=r"wrong\.py: steps is 900\.0, but should be int"):
-        load(str(tmp_path / "wrong.py"))

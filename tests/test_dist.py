@@ -1,0 +1,54 @@
+"""This process among the others: one without torchrun, and two gloo ranks with its environment."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from modalities import dist
+
+
+def test_one_process_needs_no_process_group() -> None:
+    with dist.setup() as world:
+        assert (world.rank, world.size, world.mesh, world.is_main) == (0, 1, None, True)
+        assert not torch.distributed.is_initialized()
+        assert dist.sum_over_ranks(torch.tensor(3.0)) == 3 and dist.broadcast_from_main("x") == "x"
+        assert dist.gather_objects("x") == ["x"]
+        dist.barrier()
+
+
+def talk(folder: Path) -> None:
+    with dist.setup() as world:
+        assert (world.size, dist.world_size(), world.is_main, dist.is_main()) == (
+            2,
+            2,
+            world.rank == 0,
+            world.rank == 0,
+        )
+        assert world.mesh is not None and world.mesh.mesh_dim_names == ("shard",)
+        assert dist.sum_over_ranks(torch.tensor(world.rank + 1.0)) == 3
+        assert dist.broadcast_from_main(f"from {world.rank}") == "from 0"
+        assert dist.gather_objects(world.rank * 10) == [0, 10]
+        with dist.all_or_none():
+            pass
+        # A mistake that shows on the second rank alone stops both, with the same words.
+        with pytest.raises(ValueError, match="^the file of rank 1 is missing$"), dist.all_or_none():
+            if world.rank == 1:
+                raise FileNotFoundError("the file of rank 1 is missing")
+        (folder / f"{world.rank}").touch()
+    assert not torch.distributed.is_initialized()
+
+
+def test_two_ranks_agree(tmp_path: Path) -> None:
+    tiny.run_ranks(2, talk, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
+
+
+def test_a_mistake_in_one_process_keeps_its_kind() -> None:
+    with pytest.raises(FileNotFoundError, match="gone"), dist.all_or_none():
+        raise FileNotFoundError("gone")
+
+
+def test_no_peak_is_claimed_for_an_unknown_device() -> None:
+    assert dist.peak_flops(torch.device("cpu")) is None

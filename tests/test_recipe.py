@@ -1,0 +1,91 @@
+"""Recipes: by name, from Python and JSON, with mistakes named; what a dry run foretells."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+
+from modalities.config import from_dict, to_dict
+from modalities.model import num_params
+from modalities.optim import ScheduleConfig
+from modalities.recipe import Recipe, check_ranks, describe, load, memory_per_rank
+
+
+def test_a_recipe_may_say_what_python_lets_pass(tmp_path: Path) -> None:
+    """Lists for tuples and whole numbers for floats come back from recipe.json as they went."""
+    text = (Path(__file__).parents[1] / "recipes" / "demo.py").read_text()
+    (tmp_path / "loose.py").write_text(text.replace("betas=(0.9, 0.99)", "betas=[0, 0.99]"))
+    recipe, _ = load(str(tmp_path / "loose.py"))
+    assert recipe.optim.betas == (0.0, 0.99) and from_dict(Recipe, to_dict(recipe)) == recipe
+    (tmp_path / "wrong.py").write_text(text.replace("steps=900", "steps=9e2"))
+    with pytest.raises(ValueError, match=r"wrong\.py: steps is 900\.0, but should be int"):
+        load(str(tmp_path / "wrong.py"))
+
+
+@pytest.mark.parametrize(
+    "source, message",
+    [
+        ("recipe = 3", "defines no `recipe = Recipe"),
+        ("import no_such_package", "ModuleNotFoundError: No module named 'no_such_package'"),
+        ("recipe = = 3", "SyntaxError"),
+        ("from modalities.recipe import Recipe\nrecipe = Recipe(step=3)", "unexpected keyword argument 'step'"),
+    ],
+)
+def test_a_broken_recipe_file_is_named(tmp_path: Path, source: str, message: str) -> None:
+    (tmp_path / "broken.py").write_text(source)
+    with pytest.raises(ValueError, match="broken.py: |broken.py defines") as caught:
+        load(str(tmp_path / "broken.py"))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"steps": 3}', '{"stepz": 3}'])
+def test_a_broken_recipe_json_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "recipe.json").write_text(content)
+    with pytest.raises(ValueError, match=r"recipe\.json"):
+        load(str(tmp_path / "recipe.json"))
+
+
+def test_a_run_is_called_after_its_file() -> None:
+    recipe, path = load("gpt2_60m")
+    assert recipe.name == path.stem == "gpt2_60m" and recipe.folder == Path("runs/gpt2_60m")
+
+
+def test_gpt2_60m_is_what_its_name_says() -> None:
+    model = load("gpt2_60m")[0].model
+    assert (model.num_layers, model.width, model.num_heads, model.mlp_hidden) == (10, 512, 8, 1536)
+    assert model.padded_vocab_size == 50_304 and model.tied and num_params(model) == 59_845_120
+
+
+@pytest.mark.parametrize("ranks, fits", [(1, True), (2, True), (4, True), (3, False), (8, False)])
+def test_the_global_batch_must_be_cut_evenly(tmp_path: Path, ranks: int, fits: bool) -> None:
+    recipe = tiny.recipe(tmp_path)  # 8 sequences in micro-batches of 2
+    if fits:
+        check_ranks(recipe, ranks)
+    else:
+        with pytest.raises(ValueError, match=f"data.global_batch 8 is not divisible by {ranks} rank"):
+            check_ranks(recipe, ranks)
+
+
+def test_impossible_combinations_are_refused(tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path)
+    long = ScheduleConfig(kind="wsd", warmup=15, decay=10)
+    with pytest.raises(ValueError, match="warmup 15 and decay 10 do not fit into the run's 20 steps"):
+        replace(recipe, optim=replace(recipe.optim, schedule=long))
+    with pytest.raises(ValueError, match="data.seq_len 65 is longer than model.max_seq_len 64"):
+        replace(recipe, data=replace(recipe.data, seq_len=65))
+    with pytest.raises(ValueError, match="name is 'a/b'"):
+        replace(recipe, name="a/b")
+    with pytest.raises(ValueError, match="steps is 0"):
+        replace(recipe, steps=0)
+
+
+def test_a_dry_run_tells_size_and_shape(tmp_path: Path) -> None:
+    text = describe(tiny.recipe(tmp_path), ranks=2)
+    assert f"parameters       {num_params(tiny.MODEL):,}" in text and "(2, 2, 32) a rank" in text
+
+
+def test_memory_is_shared_among_ranks_but_for_activations(tmp_path: Path) -> None:
+    one, four = (memory_per_rank(tiny.recipe(tmp_path), ranks) for ranks in (1, 4))
+    assert one["optimizer"] == 8 * num_params(tiny.MODEL) == 4 * four["optimizer"]
+    assert one["activations"] == four["activations"]
