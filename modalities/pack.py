@@ -24,7 +24,14 @@ class Packed(NamedTuple):
     tokens: int
 
 
-def pack_documents(documents: Iterable[Document], tokenizer_path: Path, out: Path, eod: str, reject: Reject) -> Packed:
+def pack_documents(
+    documents: Iterable[Document],
+    tokenizer_path: Path,
+    out: Path,
+    eod: str,
+    reject: Reject,
+    batch_characters: int = BATCH_CHARACTERS,
+) -> Packed:
     """Tokenize `documents`, each (where it stands, its text), end each with the token `eod`, and write `out`.
 
     A special token spelled out in a text stays text. A document that gives no token goes to `reject(where, reason)`.
@@ -36,7 +43,7 @@ def pack_documents(documents: Iterable[Document], tokenizer_path: Path, out: Pat
     vocab_size = max(tokenizer.get_vocab().values()) + 1
     num_documents = num_tokens = 0
     with pbin.write_pbin(out, vocab_size) as append:
-        for batch in _batches(documents):
+        for batch in _batches(documents, batch_characters):
             encodings = tokenizer.encode_batch_fast([text for _, text in batch])
             for (where, _), encoding in zip(batch, encodings, strict=True):
                 ids = encoding.ids
@@ -76,13 +83,13 @@ def load_tokenizer(path: Path, eod: str) -> Any:
     return tokenizer
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+def _batches(documents: Iterable[Document], batch_characters: int) -> Iterator[list[Document]]:
     batch: list[Document] = []
     num_characters = 0
     for document in documents:
         batch.append(document)
         num_characters += len(document[1])
-        if num_characters >= BATCH_CHARACTERS:
+        if num_characters >= batch_characters:
             yield batch
             batch, num_characters = [], 0
     if batch:

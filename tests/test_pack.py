@@ -79,10 +79,9 @@ def test_documents_decode_to_their_texts(bpe: Path, tmp_path: Path) -> None:
         assert 0 not in ids, "a literal <|endoftext|> became the end of a document"
 
 
-def test_batches_do_not_show(bpe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_do_not_show(bpe: Path, tmp_path: Path) -> None:
     pack.pack_documents(DOCUMENTS, bpe, tmp_path / "one.pbin", pack.EOD, fail)
-    monkeypatch.setattr(pack, "BATCH_CHARACTERS", 30)
-    pack.pack_documents(DOCUMENTS, bpe, tmp_path / "many.pbin", pack.EOD, fail)
+    pack.pack_documents(DOCUMENTS, bpe, tmp_path / "many.pbin", pack.EOD, fail, batch_characters=30)
     assert (tmp_path / "one.pbin").read_bytes() == (tmp_path / "many.pbin").read_bytes()
 
 
