@@ -53,6 +53,9 @@ def setup() -> Iterator[World]:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
+    # Compiled code would sum an embedding's gradient in whatever order its threads come by, and no run would repeat.
+    torch.use_deterministic_algorithms(device.type == "cpu")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if size <= 1:
         yield World(0, 1, device, None)
         return
