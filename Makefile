@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constr
 demo: $(VENV)/core
 	$(BIN)/python prep.py demo
 	$(BIN)/python train.py --recipe demo
-	$(BIN)/python -m modalities.generate runs/demo --prompt "    def __init__(self" --temperature 0.6
+	$(BIN)/python -m modalities.generate runs/demo --prompt "    def __init__(self"
 
 test: lint
 	$(BIN)/python -m pytest -n 2 -m "not slow"

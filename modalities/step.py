@@ -102,7 +102,9 @@ def grad_by_backward(loss_fn: LossFn) -> GradFn:
 
 def micro_batches(batch: Batch) -> Iterator[Batch]:
     """The micro-batches [B, T] of a rank's batch [A, B, T], each with the global number of targets."""
-    num_targets = sum_over_ranks(count_targets(batch["targets"]))
+    num_targets = sum_over_ranks(count_targets(batch["targets"])).clamp(
+        min=1
+    )  # a batch without targets teaches nothing
     for i in range(len(batch["inputs"])):
         yield {"num_targets": num_targets, **{key: value[i] for key, value in batch.items()}}
 

@@ -123,6 +123,15 @@ def test_one_batch_can_be_learnt_by_heart(config: ModelConfig) -> None:
     assert (state.step, state.samples) == (150, 600)
 
 
+def test_a_batch_without_targets_teaches_nothing() -> None:
+    batch = tiny.batch(tiny.MODEL, (1, 2, 32), ignored=1.0)
+    loss_fn = step.make_loss_fn(build_skeleton(tiny.MODEL), torch.float32, train=True)
+    grads, loss = step.accumulated_grads(
+        step.grad_and_value(loss_fn, sharded=False, compile=False), initial(tiny.MODEL), batch
+    )
+    assert loss == 0 and all((grad == 0).all() for grad in grads.values())
+
+
 def test_a_step_depends_on_its_arguments_alone() -> None:
     config = replace(tiny.MODEL, dropout=0.2)
     results = []
