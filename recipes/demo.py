@@ -4,7 +4,8 @@
     python train.py --recipe demo
 
 Needs 1 GB of memory. On two cores of a 2.1 GHz Xeon with bf16 matrix units: 12,000 tokens/s (9,000
-without a C++ compiler), three and a half minutes with compilation, evaluation and samples; validation loss from 9.04 to 4.23.
+without a C++ compiler), three and a half minutes with compilation, evaluation and samples; validation loss from 9.04
+to 4.23.
 """
 
 from modalities.checkpoint import CheckpointConfig

@@ -1,9 +1,10 @@
 """60M parameters with GPT-2's vocabulary and a Llama-like block.
 
-torchrun --nproc_per_node 2 train.py --recipe gpt2_60m
+    torchrun --nproc_per_node 2 train.py --recipe gpt2_60m
 
-Its data is the demo's until you give your own. On two cores of a 2.1 GHz Xeon one process does 1,090 tokens/s in bf16 and
-520 in fp32, so all 2,000 steps would take four hours, and were not run. The loss at steps 1, 10 and 20: 10.92, 9.97, 9.03.
+Its data is the demo's until you give your own. On two cores of a 2.1 GHz Xeon one process does 1,090 tokens/s in bf16
+and 520 in fp32, so all 2,000 steps would take four hours, and were not run. The loss at steps 1, 10 and 20: 10.92,
+9.97, 9.03.
 """
 
 from modalities.checkpoint import CheckpointConfig
