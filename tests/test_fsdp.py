@@ -101,5 +101,6 @@ def compiled_once(config: ModelConfig) -> None:
     assert counters["stats"]["unique_graphs"] == 1, counters["stats"]
 
 
+@tiny.needs_compiler
 def test_blocks_are_compiled_once_for_all_layers() -> None:
     tiny.run_ranks(2, compiled_once, replace(tiny.MODEL, num_layers=12))

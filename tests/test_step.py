@@ -54,7 +54,9 @@ def assert_grads_equal(grads: Params, expected: Params, bound: float) -> None:
 
 
 @pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
-@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    "compile", [pytest.param(False, id="eager"), pytest.param(True, id="compiled", marks=tiny.needs_compiler)]
+)
 def test_torch_func_gradients_equal_float64(config: ModelConfig, compile: bool) -> None:
     batch = tiny.batch(config, (4, 33), ignored=0.3)
     loss_fn = step.make_loss_fn(build_skeleton(config), torch.float32, train=True)
@@ -145,6 +147,7 @@ def test_a_step_depends_on_its_arguments_alone() -> None:
     assert all(torch.equal(results[0][0][name], results[1][0][name]) for name in results[0][0])
 
 
+@tiny.needs_compiler
 def test_compiled_gradients_are_summed_in_a_fixed_order() -> None:
     """Two threads that added to one row of the embedding's gradient as they came made runs differ from step 130 on."""
     loss_fn = step.make_loss_fn(build_skeleton(tiny.MODEL), torch.float32, train=True)

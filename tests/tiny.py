@@ -1,6 +1,7 @@
 """A tiny run for the tests: data that can be learnt, a recipe of it, and real ranks (gloo) to run it on."""
 
 import os
+import shutil
 import socket
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.multiprocessing
 
@@ -23,6 +25,9 @@ from modalities.recipe import Recipe
 from modalities.step import EvalConfig
 
 MODEL = ModelConfig(vocab_size=100, num_layers=2, width=32, num_heads=4, num_kv_heads=2, mlp_width=48, max_seq_len=64)
+
+# torch.compile needs a C++ compiler on a CPU. A bare machine has none, and trains without (test_train.py shows that).
+needs_compiler = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="there is no C++ compiler")
 
 
 def write_tokens(path: Path, num_tokens: int, seed: int = 0, vocab_size: int = 100) -> Path:
