@@ -16,7 +16,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return to_dict(value)
-    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+    return [_plain(v) for v in value] if isinstance(value, tuple | list) else value
 
 
 def from_dict(cls: type[T], values: Any, where: str = "") -> T:
@@ -50,6 +50,8 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
         hints = [args[0]] * len(value) if args[1:] == (...,) else args
         if len(hints) == len(value):
             return tuple(_typed(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(hints, value, strict=True)))
+    if origin is dict and isinstance(value, dict):
+        return {key: _typed(args[1], v, f"{where}.{key}") for key, v in value.items()}
     if hint is float and type(value) is int:
         return float(value)
     if isinstance(hint, type) and type(value) is hint:

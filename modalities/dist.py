@@ -1,7 +1,6 @@
-"""This process among the others: rank, device, mesh, and sums over ranks. The only reader of torchrun's environment."""
+"""This process among the others: rank, device, mesh, and sums over ranks."""
 
 import contextlib
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ import torch
 import torch.distributed
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from modalities import ranks
 
 T = TypeVar("T")
 
@@ -29,20 +30,10 @@ class World:
         return self.rank == 0
 
 
-def world_size() -> int:
-    """The number of processes that torchrun started; 1 without torchrun."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_main() -> bool:
-    """Whether this is the process that speaks for all, before and without a process group."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 @contextlib.contextmanager
 def setup() -> Iterator[World]:
     """The world for as long as the context lasts: NCCL where there are GPUs, gloo on CPUs, nothing for one process."""
-    rank, local_rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0")), world_size()
+    rank, local_rank, size = ranks.rank(), ranks.local_rank(), ranks.world_size()
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise ValueError(

@@ -131,6 +131,8 @@ class Log:
             return
         (step, samples, metrics), self.pending = self.pending, None
         values = {key: float(value) for key, value in metrics.items()}  # waits for that step on the device
+        # A source that had no target in this step has no loss.
+        values = {key: value for key, value in values.items() if not (key.startswith("loss/") and math.isnan(value))}
         total = self.progress.total_steps
         if self.timed_from is None:  # the first step compiles and warms up; its rate would mislead
             pace = f"  after {time.perf_counter() - self.opened:.1f} s"
@@ -170,7 +172,7 @@ class Log:
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
         line = {"step": step, "samples": samples, "tokens": tokens, **finite, "time": time.time()}
         self.lines.write(json.dumps(line) + "\n")
-        tagged = {TAGS.get(key, key): value for key, value in values.items()}
+        tagged = {TAGS.get(key, f"train/{key}" if key[:5] == "loss/" else key): v for key, v in values.items()}
         if self.board is not None:
             for tag, value in tagged.items():
                 self.board.add_scalar(tag, value, step)

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from modalities import checkpoint, dist, fsdp, generate, log, optim, step
 from modalities.config import differences, to_dict
-from modalities.data import TrainData, ValData
+from modalities.data import TrainData, open_val
+from modalities.loss import Batch
 from modalities.model import build_skeleton, flops_per_token, num_params
 from modalities.pbin import write_beside
 from modalities.recipe import Recipe, check_ranks, from_json
@@ -22,8 +23,8 @@ from modalities.step import TrainState
 # A run's folder belongs to one recipe. These fields may differ when it is continued: they change nothing that is
 # computed but the order of roundings, and the random numbers of dropout.
 HARMLESS = (
-    "name", "log.", "checkpoint.", "eval.", "sample.", "data.val", "data.tokenizer", "data.eod", "parallel.micro_batch",
-    "parallel.compile",
+    "name", "log.", "checkpoint.", "eval.", "sample.", "data.names", "data.val", "data.tokenizer", "data.eod",
+    "parallel.micro_batch", "parallel.compile",
 )  # fmt: skip
 
 
@@ -33,7 +34,7 @@ class Run:
 
     data: TrainData
     train_step: step.TrainStep
-    val: dict[str, ValData]
+    val: Mapping[str, Iterable[Batch]]
     evaluate: Callable[[optim.Params], dict[str, Tensor]]
     """Loss by name of the validation set."""
     sample: Callable[[optim.Params, int], str | None]
@@ -53,7 +54,7 @@ def train(recipe: Recipe, source: Path | None = None) -> Path:
     """
     with dist.setup() as world:
         run, state, saved = start(recipe, source, world)
-        with contextlib.closing(open_log(recipe, world, state)) as out:
+        with contextlib.closing(open_log(recipe, world, run, state)) as out:
             if state.step == 0 and recipe.eval.every:
                 out.val(state.step, state.samples, run.evaluate(state.params))
             while state.step < recipe.steps:
@@ -110,19 +111,17 @@ def build(recipe: Recipe, world: dist.World) -> tuple[Run, TrainState]:
     fsdp.parallelize(model, world.mesh, parallel)
     params = fsdp.init_params(model, recipe.seed, world.device)
 
-    loss_fn = step.make_loss_fn(model, parallel.compute_dtype, train=True)
+    sources = recipe.data.source_names
+    loss_fn = step.make_loss_fn(model, parallel.compute_dtype, train=True, num_sources=len(sources))
     grad_fn = step.grad_and_value(loss_fn, sharded, parallel.compile)
 
     def lr_at(i: int) -> float:
         return optim.learning_rate(recipe.optim, i, recipe.steps, recipe.tokens_per_step)
 
-    train_step = step.make_train_step(grad_fn, optimizer, recipe.optim.grad_clip, lr_at, recipe.seed, world)
+    train_step = step.make_train_step(grad_fn, optimizer, recipe.optim.grad_clip, lr_at, recipe.seed, world, sources)
     eval_loss_fn = step.make_loss_fn(model, parallel.compute_dtype, train=False)
     eval_step = step.make_eval_step(eval_loss_fn, sharded, parallel.compile)
-    val = {}
-    if recipe.data.val:
-        batches = ValData(recipe.data, recipe.model.vocab_size, recipe.eval.samples, parallel.micro_batch, world)
-        val[Path(recipe.data.val).stem] = batches
+    val = open_val(recipe.data, recipe.model.vocab_size, recipe.eval.samples, parallel.micro_batch, world)
     tokenizer = None
     if recipe.sample.every and recipe.data.tokenizer:
         tokenizer = generate.load_tokenizer(Path(recipe.data.tokenizer), recipe.model.vocab_size)
@@ -173,7 +172,7 @@ def as_json(value: dict[str, Any]) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def open_log(recipe: Recipe, world: dist.World, state: TrainState) -> log.Log:
+def open_log(recipe: Recipe, world: dist.World, run: Run, state: TrainState) -> log.Log:
     """The run's log on the main rank, with a first word about the run; a silent one on the others."""
     flops = flops_per_token(recipe.model, recipe.data.seq_len)
     peak = dist.peak_flops(world.device)
@@ -195,6 +194,8 @@ def open_log(recipe: Recipe, world: dist.World, state: TrainState) -> log.Log:
         f"{recipe.steps} steps of {recipe.tokens_per_step:,} tokens, {world.size} rank(s) on {world.device.type}, "
         f"{recipe.parallel.param_dtype}, {compiling}"
     )
+    for fact in run.data.facts(recipe.steps * recipe.data.global_batch):
+        out.say(fact)
     return out
 
 
@@ -205,7 +206,7 @@ def summary(recipe: Recipe, saved: Path | None) -> str:
     lines = log.read_metrics(folder)
     last = {key: value for line in lines for key, value in line.items()}
     curve = [line["loss"] for line in lines if line.get("loss") is not None]
-    names = [key for key in last if key == "loss" or key.startswith("val/")]
+    names = [key for key in last if key == "loss" or key.startswith(("loss/", "val/"))]
     losses = [f"{key} {'not finite' if last[key] is None else format(last[key], '.4f')}" for key in names]
     rows = {
         "losses": ", ".join(losses),

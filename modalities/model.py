@@ -1,7 +1,7 @@
 """The Transformer: what it computes, its initial weights, its parameter and FLOP counts.
 
 It knows nothing of parallelism, precision, loss or optimizer. Shapes are in the names: B batch · T position · D width ·
-H query heads · K key/value heads · E head dim · F hidden width of the MLP · V padded vocabulary.
+H query heads · K key/value heads · E head dim · F hidden width of the MLP · V padded vocabulary · S position looked at.
 """
 
 import math
@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 VOCAB_MULTIPLE = 128
+SIZES = ("vocab_size", "num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "mlp_width", "max_seq_len")
+Rope = tuple[Tensor, Tensor] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,17 +59,7 @@ class ModelConfig:
     """Standard deviation of initial weights; the projections into the residual stream have it over sqrt(2 × layers)."""
 
     def __post_init__(self) -> None:
-        sizes = (
-            "vocab_size",
-            "num_layers",
-            "width",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "mlp_width",
-            "max_seq_len",
-        )
-        for name in sizes:
+        for name in SIZES:
             size = getattr(self, name)
             if size is not None and size < 1:
                 raise ValueError(f"model.{name} is {size}, but must be at least 1")
@@ -134,7 +126,7 @@ def make_norm(config: ModelConfig, features: int) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped key/value heads."""
+    """Causal self-attention with grouped key/value heads, or attention to what a mask [B, 1, T, S] lets it see."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -148,7 +140,7 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(config.head_width, eps=config.norm_eps)
             self.k_norm = nn.RMSNorm(config.head_width, eps=config.norm_eps)
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor] | None, train: bool) -> Tensor:
+    def forward(self, x_BTD: Tensor, rope: Rope, visible_B1TS: Tensor | None, train: bool) -> Tensor:
         heads = (*x_BTD.shape[:2], -1, self.config.head_width)
         q_BTHE, k_BTKE, v_BTKE = (w(x_BTD).view(heads) for w in (self.wq, self.wk, self.wv))
         if self.config.qk_norm:
@@ -159,7 +151,8 @@ class Attention(nn.Module):
             q_BTHE.transpose(1, 2),
             k_BTKE.transpose(1, 2),
             v_BTKE.transpose(1, 2),
-            is_causal=True,
+            attn_mask=visible_B1TS,
+            is_causal=visible_B1TS is None,
             dropout_p=self.config.dropout if train else 0.0,
             enable_gqa=self.config.kv_heads != self.config.num_heads,
         )
@@ -193,8 +186,8 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(config, config.width)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor] | None, train: bool) -> Tensor:
-        x_BTD = x_BTD + drop(self.attn(self.attn_norm(x_BTD), rope, train), self.dropout, train)
+    def forward(self, x_BTD: Tensor, rope: Rope, visible_B1TS: Tensor | None, train: bool) -> Tensor:
+        x_BTD = x_BTD + drop(self.attn(self.attn_norm(x_BTD), rope, visible_B1TS, train), self.dropout, train)
         return x_BTD + drop(self.mlp(self.mlp_norm(x_BTD)), self.dropout, train)
 
 
@@ -216,9 +209,18 @@ class Transformer(nn.Module):
         if not config.tied:
             self.head = nn.Linear(config.width, config.padded_vocab_size, bias=False)
 
-    def forward(self, tokens_BT: Tensor, positions_BT: Tensor | None = None, *, train: bool = False) -> Tensor:
-        """Logits [B, T, V] of the next token. `train` turns dropout on; `positions` default to 0 … T-1."""
-        config = self.config
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor | None = None,
+        documents_BT: Tensor | None = None,
+        *,
+        train: bool = False,
+    ) -> Tensor:
+        """Logits [B, T, V]. `train`: dropout; `positions`: by default 0 … T-1; attention stays within a document."""
+        config, visible_B1TS = self.config, None
+        if documents_BT is not None:
+            visible_B1TS = (documents_BT[:, None, :, None] == documents_BT[:, None, None, :]).tril()
         if positions_BT is None:
             positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
         x_BTD = self.embed(tokens_BT)
@@ -227,7 +229,7 @@ class Transformer(nn.Module):
         rope = rope_cos_sin(positions_BT, config.head_width, config.rope_theta) if config.positions == "rope" else None
         x_BTD = drop(x_BTD, config.dropout, train)
         for block in self.blocks:
-            x_BTD = block(x_BTD, rope, train)
+            x_BTD = block(x_BTD, rope, visible_B1TS, train)
         return F.linear(self.final_norm(x_BTD), self.embed.weight if config.tied else self.head.weight)
 
     def sharding_units(self) -> list[nn.Module]:

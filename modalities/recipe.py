@@ -15,12 +15,13 @@ from modalities import cli
 from modalities.checkpoint import CheckpointConfig
 from modalities.config import from_dict, to_dict
 from modalities.data import DataConfig, TrainData
-from modalities.dist import World, is_main, world_size
+from modalities.dist import World
 from modalities.fsdp import ParallelConfig
 from modalities.generate import SampleConfig
 from modalities.log import LogConfig
 from modalities.model import ModelConfig, flops_per_token, num_params
 from modalities.optim import OptimConfig
+from modalities.ranks import is_main, world_size
 from modalities.step import EvalConfig
 
 
@@ -158,8 +159,7 @@ def describe(recipe: Recipe, ranks: int) -> str:
             json.dumps(to_dict(recipe), indent=2),
             f"parameters       {num_params(recipe.model):,}",
             f"FLOPs per token  {flops_per_token(recipe.model, recipe.data.seq_len):,}",
-            f"training data    {data.sequences.count:,} sequences; {recipe.steps} steps are "
-            f"{recipe.steps * recipe.data.global_batch / data.sequences.count:.2f} epochs",
+            *(f"training data    {fact}" for fact in data.facts(recipe.steps * recipe.data.global_batch)),
             f"memory per rank  about {sum(memory.values()) / 2**20:,.0f} MiB on {ranks} rank(s): {parts}",
             f"first batch      {shape} a rank: micro-batches × sequences × tokens",
         )

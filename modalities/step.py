@@ -5,7 +5,7 @@ The model is applied by `torch.func.functional_call`. Its gradient has two imple
 `.grad`.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,15 @@ from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 
 from modalities.dist import World, sum_over_ranks
-from modalities.loss import Aux, Batch, LossFn, count_targets, cross_entropy_sum
+from modalities.loss import (
+    Aux,
+    Batch,
+    LossFn,
+    count_targets,
+    cross_entropy_by_row,
+    cross_entropy_sum,
+    sums_by_source,
+)
 from modalities.model import Transformer
 from modalities.optim import Optimizer, OptState, Params, clip_by_global_norm, local
 from modalities.rng import fold
@@ -52,10 +60,17 @@ class TrainState:
     """Sequences consumed so far: the whole data cursor."""
 
 
-def apply(model: Transformer, weights: Params, tokens_BT: Tensor, train: bool) -> Tensor:
+def apply(
+    model: Transformer,
+    weights: Params,
+    tokens_BT: Tensor,
+    train: bool,
+    positions_BT: Tensor | None = None,
+    documents_BT: Tensor | None = None,
+) -> Tensor:
     """Logits [B, T, V] of `model` with `weights` in place of its own; under FSDP2 they must be its own shards."""
     # A copy of the dict, for FSDP2 puts the gathered weights of the root into the one that is given.
-    logits_BTV = functional_call(model, dict(weights), (tokens_BT,), {"train": train})
+    logits_BTV = functional_call(model, dict(weights), (tokens_BT, positions_BT, documents_BT), {"train": train})
     if isinstance(model, FSDPModule) and not torch.is_grad_enabled():
         # functional_call gave the root its shards back, which FSDP2 holds to be gathered until a backward pass.
         model.reshard()
@@ -67,12 +82,21 @@ def cast(model: Transformer, params: Params, compute_dtype: torch.dtype) -> Para
     return params if isinstance(model, FSDPModule) else {name: p.to(compute_dtype) for name, p in params.items()}
 
 
-def make_loss_fn(model: Transformer, compute_dtype: torch.dtype, train: bool) -> LossFn:
-    """`loss_fn(params, batch)` for one micro-batch: `inputs` and `targets` int64 [B, T], `num_targets` a number []."""
+def make_loss_fn(model: Transformer, compute_dtype: torch.dtype, train: bool, num_sources: int = 1) -> LossFn:
+    """`loss_fn(params, batch)` for one micro-batch: `inputs` and `targets` int64 [B, T], `num_targets` a number [].
+
+    The batch may have `documents` and `positions` [B, T]. With several sources it has `sources` [B], and `aux` has
+    the loss of each.
+    """
 
     def loss_fn(params: Params, batch: Batch) -> tuple[Tensor, Aux]:
-        logits_BTV = apply(model, cast(model, params, compute_dtype), batch["inputs"], train)
-        return cross_entropy_sum(logits_BTV, batch["targets"]) / batch["num_targets"], {}
+        weights, targets_BT = cast(model, params, compute_dtype), batch["targets"]
+        logits_BTV = apply(model, weights, batch["inputs"], train, batch.get("positions"), batch.get("documents"))
+        if num_sources == 1:
+            return cross_entropy_sum(logits_BTV, targets_BT) / batch["num_targets"], {}
+        loss_B = cross_entropy_by_row(logits_BTV, targets_BT)
+        aux = sums_by_source(loss_B.detach(), targets_BT, batch["sources"], num_sources)
+        return loss_B.sum() / batch["num_targets"], aux
 
     return loss_fn
 
@@ -102,40 +126,59 @@ def grad_by_backward(loss_fn: LossFn) -> GradFn:
 
 def micro_batches(batch: Batch) -> Iterator[Batch]:
     """The micro-batches [B, T] of a rank's batch [A, B, T], each with the global number of targets."""
-    num_targets = sum_over_ranks(count_targets(batch["targets"])).clamp(
-        min=1
-    )  # a batch without targets teaches nothing
+    # A batch without targets teaches nothing.
+    num_targets = sum_over_ranks(count_targets(batch["targets"])).clamp(min=1)
     for i in range(len(batch["inputs"])):
         yield {"num_targets": num_targets, **{key: value[i] for key, value in batch.items()}}
 
 
-def accumulated_grads(grad_fn: GradFn, params: Params, batch: Batch) -> tuple[Params, Tensor]:
-    """Gradients and loss of a rank's batch [A, B, T], one micro-batch at a time."""
+def accumulated_grads(grad_fn: GradFn, params: Params, batch: Batch) -> tuple[Params, tuple[Tensor, Aux]]:
+    """(gradients, (loss, aux)) of a rank's batch [A, B, T], one micro-batch at a time."""
     grads: Params = {}
-    losses = []
+    losses, auxes = [], []
     for micro_batch in micro_batches(batch):
-        new, (loss, _) = grad_fn(params, micro_batch)
+        new, (loss, aux) = grad_fn(params, micro_batch)
         losses.append(loss)
+        auxes.append(aux)
         if grads:
             torch._foreach_add_([local(grads[name]) for name in grads], [local(new[name]) for name in grads])
         else:
             grads = new
-    return grads, torch.stack(losses).sum()
+    aux = {key: torch.stack([aux[key] for aux in auxes]).sum(0) for key in auxes[0]}
+    return grads, (torch.stack(losses).sum(), aux)
+
+
+def source_losses(aux: Aux, sources: Sequence[str]) -> Metrics:
+    """`loss/<source>`, the mean over all ranks [nats per token]; NaN for one that has no target in the batch."""
+    if not aux:
+        return {}
+    means_S = sum_over_ranks(aux["source_loss"]) / sum_over_ranks(aux["source_targets"])
+    return {f"loss/{source}": mean for source, mean in zip(sources, means_S, strict=True)}
 
 
 def make_train_step(
-    grad_fn: GradFn, optimizer: Optimizer, grad_clip: float, lr_at: Callable[[int], float], seed: int, world: World
+    grad_fn: GradFn,
+    optimizer: Optimizer,
+    grad_clip: float,
+    lr_at: Callable[[int], float],
+    seed: int,
+    world: World,
+    sources: Sequence[str] = (),
 ) -> TrainStep:
-    """`train_step(state, batch) -> (state, metrics)` for a rank's batch [A, B, T]; it consumes the state it gets."""
+    """`train_step(state, batch) -> (state, metrics)` for a rank's batch [A, B, T]; it consumes the state it gets.
+
+    `sources`: what the sources are called, if there are several.
+    """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         torch.manual_seed(fold(seed, "dropout", state.step, world.rank))
-        grads, loss = accumulated_grads(grad_fn, state.params, batch)
+        grads, (loss, aux) = accumulated_grads(grad_fn, state.params, batch)
         grad_norm = clip_by_global_norm(grads, grad_clip)
         lr = lr_at(state.step)
         params, opt_state = optimizer.update(grads, state.opt_state, state.params, lr)
         consumed = batch["inputs"].shape[0] * batch["inputs"].shape[1] * world.size
         metrics: Metrics = {"loss": sum_over_ranks(loss), "lr": lr, "grad_norm": grad_norm}
+        metrics |= source_losses(aux, sources)
         return TrainState(params, opt_state, state.step + 1, state.samples + consumed), metrics
 
     return train_step

@@ -31,6 +31,7 @@ class Outer:
     many: tuple[int, ...] = ()
     rules: tuple[tuple[str, float], ...] = ()
     inner: Inner = Inner()
+    inners: tuple[Inner, ...] = ()
 
 
 def complaint(cls: type, values: Any) -> str:
@@ -67,6 +68,7 @@ def test_every_kind_of_field_survives() -> None:
         many=(1, 2, 3),
         rules=((r".*\.weight", 1.0), ("", 0.0)),
         inner=Inner(kind="b", pair=(0, 0.1)),
+        inners=(Inner(), Inner(kind="b")),
     )
     assert from_dict(Outer, json.loads(json.dumps(to_dict(outer)))) == outer
 
@@ -99,6 +101,9 @@ def test_an_int_is_taken_for_a_float_and_becomes_one() -> None:
         ({"count": 1, "maybe": "x"}, "maybe is 'x', but should be int"),
         ({"count": 1, "many": [1, "x"]}, "many[1] is 'x', but should be int"),
         ({"count": 1, "inner": {"pair": [1, "x"]}}, "inner.pair[1] is 'x', but should be float"),
+        ({"count": 1, "many": "12"}, "many is '12', but should be tuple[int, ...]"),
+        ({"count": 1, "inners": [{}, {"pair": [1, "x"]}]}, "inners[1].pair[1] is 'x', but should be float"),
+        ({"count": 1, "inners": {}}, "inners is {}, but should be tuple["),
         ({"count": 1, "inner": 3}, "inner should be a JSON object, not 3"),
         ({"count": 1, "speed": 3}, "unknown field speed; Outer has count, rate"),
         ({"count": 1, "inner": {"kin": "a"}}, "unknown field inner.kin; Inner has kind, pair"),

@@ -1,26 +1,30 @@
 """From a `.pbin` to batches: order, cursor, ranks, prefetch, validation."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from modalities.data import DataConfig, Sequences, TrainData, ValData, sequence_numbers
+from modalities.data import DataConfig, TrainData, ValData, open_val
 from modalities.dist import World
 from modalities.loss import IGNORED
+from modalities.mixture import Stage, sequence_numbers
 from modalities.pbin import write_pbin
+from modalities.sequences import Sequences
 
 T = 8  # tokens a sequence
 COUNT = 37  # sequences in the file
 VOCAB = 512
 
 
-def write_tokens(path: Path, tokens: np.ndarray) -> None:
+def write_tokens(path: Path, tokens: np.ndarray, vocab_size: int = VOCAB) -> None:
     """In documents of 1, 2, 3, … tokens, so that sequences and documents do not coincide."""
-    with write_pbin(path, VOCAB) as append:
+    with write_pbin(path, vocab_size) as append:
         first = length = 0
         while first < len(tokens):
             length += 1
@@ -43,7 +47,7 @@ def world(rank: int = 0, size: int = 1) -> World:
 def train_data(
     folder: Path, batch: int = 8, micro_batch: int = 2, seed: int = 0, ranks: World | None = None
 ) -> TrainData:
-    config = DataConfig(train=str(folder / "a.pbin"), seq_len=T, global_batch=batch)
+    config = DataConfig(train=(str(folder / "a.pbin"),), seq_len=T, global_batch=batch)
     return TrainData(config, VOCAB, seed, micro_batch, ranks or world())
 
 
@@ -85,12 +89,6 @@ def test_an_epoch_has_every_sequence_once_and_the_next_another_order(tmp_path: P
     assert len({tuple(epoch) for epoch in [*epochs, list(range(COUNT))]}) == 5
     other = train_data(tmp_path, seed=1)
     assert numbers_of(other.read(0)["inputs"]) != read[:8]
-
-
-def test_a_batch_larger_than_an_epoch() -> None:
-    numbers = sequence_numbers(3, 5 * 7, per_epoch=7, seed=0)
-    assert [sorted(numbers[4 + 7 * e : 11 + 7 * e]) for e in range(4)] == [list(range(7))] * 4
-    assert sequence_numbers(5, 3, per_epoch=1, seed=0).tolist() == [0, 0, 0]
 
 
 def test_a_batch_is_a_pure_function_of_the_cursor(tmp_path: Path, tokens: np.ndarray) -> None:
@@ -138,16 +136,16 @@ def test_a_start_far_into_training(tmp_path: Path, tokens: np.ndarray, samples: 
     data = train_data(tmp_path)
     assert same(data.batch(samples), data.read(samples))
     first = samples // COUNT * COUNT  # the epoch that it lies in
-    assert sorted(sequence_numbers(first, COUNT, COUNT, 0).tolist()) == list(range(COUNT))
+    assert sorted(sequence_numbers(first + np.arange(COUNT), COUNT, 0).tolist()) == list(range(COUNT))
 
 
 def test_a_token_beyond_the_vocabulary_reaches_the_caller_from_the_thread(tmp_path: Path) -> None:
     tokens = np.arange(COUNT * T + 1)
     tokens[20 * T + 3] = 511
     write_tokens(tmp_path / "a.pbin", tokens)
-    config = DataConfig(train=str(tmp_path / "a.pbin"), seq_len=T, global_batch=8)
+    config = DataConfig(train=(str(tmp_path / "a.pbin"),), seq_len=T, global_batch=8)
     data = TrainData(config, 511, 0, 2, world())
-    bad = next(samples for samples in range(0, 40, 8) if 20 in data.numbers(samples))
+    bad = next(samples for samples in range(0, 40, 8) if 20 in data.order(samples)[1])
     for samples in range(0, bad, 8):
         data.batch(samples)
     for _ in range(2):
@@ -164,15 +162,129 @@ def test_data_that_is_missing_or_too_short(tmp_path: Path, tokens: np.ndarray) -
     assert str(path) in message and "data.seq_len 302" in message and "has 302 tokens" in message
     write_tokens(tmp_path / "empty.pbin", np.arange(0))
     assert "has 0 tokens" in complaint(lambda: Sequences(tmp_path / "empty.pbin", T, VOCAB))
-    for fields in ({"seq_len": 0}, {"global_batch": 0}):
-        assert next(iter(fields)) in complaint(lambda fields=fields: DataConfig(**fields))  # type: ignore[misc]
+
+
+HALF = Stage(tokens=100, weights=(0.5, 0.5))
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"seq_len": 0}, "data.seq_len is 0"),
+    ({"global_batch": 0}, "data.global_batch is 0"),
+    ({"train": "a.pbin"}, "data.train is 'a.pbin', but must be a tuple: ('a.pbin',)"),
+    ({"val": "a.pbin"}, "data.val is 'a.pbin', but must be a tuple: ('a.pbin',), or () for none"),
+    ({"val": ("",)}, "data.val has an empty entry"),
+    ({"train": ()}, "data.train is empty"),
+    ({"train": ("x/a.pbin", "y/a.pbin")}, "data.train has two files called 'a'; give each a name of its own"),
+    ({"train": ("x/a.pbin", "y/b.pbin"), "names": ("a", "a")}, "data.train has two files called 'a'"),
+    ({"val": ("x/a.pbin", "y/a.pbin")}, "data.val has two files called 'a'; rename a file"),
+    ({"names": ("a", "b")}, "data.names: 2 given for the 1 file(s) of data.train"),
+    ({"weights": (0.5, 0.5)}, "data.weights: 2 given for the 1 file(s)"),
+    ({"weights": (-1.0,)}, "data.weights are (-1.0,), but must be finite"),
+    ({"masks": ("a.pbin", "")}, "data.masks: 2 given for the 1 file(s)"),
+    ({"val_masks": ("a.pbin", "")}, "data.val_masks: 2 given for the 1 file(s) of data.val"),
+    ({"stages": (HALF,)}, "data.stages: weights: 2 given for the 1 file(s)"),
+    ({"train": ("a", "b"), "stages": (HALF, HALF)}, "data.stages: tokens 100 come after 100, but must ascend"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), BAD, ids=[message.partition(",")[0] for _, message in BAD])
+def test_a_config_that_cannot_be_is_refused(fields: dict[str, Any], message: str) -> None:
+    assert message in complaint(lambda: DataConfig(**fields))
+
+
+# ------------------------------------------------------------------------------------------------------ several sources
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> DataConfig:
+    """Three sources of 30, 20 and 10 sequences, whose tokens begin at 0, 1,000 and 2,000; b has a mask of its own."""
+    for i, (name, count) in enumerate((("a", 30), ("b", 20), ("c", 10))):
+        write_tokens(tmp_path / f"{name}.pbin", 1000 * i + np.arange(count * T + 1), 4000)
+    write_tokens(tmp_path / "mask.pbin", np.arange(20 * T + 1) % 3 != 0, 2)
+    return DataConfig(
+        train=tuple(str(tmp_path / f"{name}.pbin") for name in "abc"),
+        weights=(2, 1, 1),
+        stages=(Stage(tokens=20 * T - 1, weights=(0, 1, 3)),),
+        masks=("", str(tmp_path / "mask.pbin"), ""),
+        seq_len=T,
+        global_batch=8,
+    )
+
+
+def mixed_data(config: DataConfig, ranks: World | None = None) -> TrainData:
+    return TrainData(config, 4000, 0, 2, ranks or world())
+
+
+def test_a_mixed_batch_tells_the_source_of_each_sequence(mixed: DataConfig) -> None:
+    data = mixed_data(mixed)
+    assert list(mixed.source_names) == ["a", "b", "c"]
+    batches = [data.read(samples) for samples in range(0, 80, 8)]
+    assert {key: (value.shape, value.dtype) for key, value in batches[0].items()} == {
+        "sources": ((4, 2), torch.int64),
+        "inputs": ((4, 2, T), torch.int64),
+        "targets": ((4, 2, T), torch.int64),
+    }
+    for batch in batches:
+        assert torch.equal(batch["inputs"][..., 0] // 1000, batch["sources"])
+        for source, target in zip(
+            batch["sources"].repeat_interleave(T).tolist(), batch["targets"].ravel().tolist(), strict=True
+        ):
+            assert source == 1 or target != IGNORED
+        kept = batch["targets"][(batch["sources"][..., None] == 1) & (batch["targets"] != IGNORED)]
+        assert ((kept - 1000) % 3 != 0).all()
+        shifted = torch.where(batch["targets"][..., :-1] == IGNORED, IGNORED, batch["inputs"][..., 1:])
+        assert torch.equal(shifted, batch["targets"][..., :-1])
+    sources = torch.cat([batch["sources"].ravel() for batch in batches])
+    # 159 tokens are 20 sequences: the stage begins with the 21st.
+    assert torch.bincount(sources[:20]).tolist() == [10, 5, 5]
+    assert not (sources[20:] == 0).any()
+
+
+def test_each_source_gives_every_sequence_once_an_epoch(mixed: DataConfig) -> None:
+    data = mixed_data(replace(mixed, stages=(), masks=()))
+    read = torch.cat([data.read(samples)["inputs"].view(-1, T) for samples in range(0, 1200, 8)])
+    for source, count in enumerate((30, 20, 10)):
+        own = ((read[:, 0] - 1000 * source) // T)[read[:, 0] // 1000 == source]
+        epochs = own[: len(own) // count * count].view(-1, count)
+        assert len(epochs) >= 12 and (epochs.sort(dim=1).values == torch.arange(count)).all()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_share_the_same_mixed_batch(mixed: DataConfig, size: int) -> None:
+    whole, parts = mixed_data(mixed), [mixed_data(mixed, world(rank, size)) for rank in range(size)]
+    again = mixed_data(mixed)
+    for samples in (0, 8, 16, 24, 3, 1000, 10**9):
+        for key, value in whole.read(samples).items():
+            assert torch.equal(torch.cat([part.read(samples)[key] for part in parts]), value)
+            assert torch.equal(again.read(samples)[key], value)
+    larger = mixed_data(replace(mixed, global_batch=24)).read(16)
+    assert torch.equal(larger["inputs"].view(-1, T)[:8], whole.read(16)["inputs"].view(-1, T))
+
+
+def test_every_kind_of_batch_can_be_mixed(mixed: DataConfig) -> None:
+    for sampling in ("documents", "best_fit"):
+        data = mixed_data(replace(mixed, sampling=sampling, document_mask=True))
+        batch = data.read(0)
+        assert batch["documents"].shape == batch["positions"].shape == (4, 2, T)
+        for source, number, inputs, positions in zip(
+            *data.order(0), batch["inputs"].view(-1, T), batch["positions"].view(-1, T), strict=True
+        ):
+            alone = data.sources[source].read(np.array([number]))
+            assert torch.equal(alone["inputs"][0], inputs) and torch.equal(alone["positions"][0], positions)
+
+
+def test_facts_tell_what_a_run_takes_of_each_source(mixed: DataConfig) -> None:
+    facts = mixed_data(replace(mixed, stages=())).facts(80)
+    assert facts[0] == "a (continuous): 30 sequences, documents cut wherever they fall; 50.0% of the run, 1.33 epochs"
+    assert facts[2].endswith("25.0% of the run, 2.00 epochs")
+    (alone,) = mixed_data(DataConfig(train=mixed.train[1:2], seq_len=T, global_batch=8)).facts(40)
+    assert alone.endswith("; 2.00 epochs") and "of the run" not in alone
 
 
 # ----------------------------------------------------------------------------------------------------------- validation
 
 
-def val_data(folder: Path, count: int = 0, batch: int = 4, ranks: World | None = None) -> ValData:
-    return ValData(DataConfig(val=str(folder / "a.pbin"), seq_len=T), VOCAB, count, batch, ranks or world())
+def val_data(folder: Path, count: int = 0, batch: int = 4, ranks: World | None = None, **fields: Any) -> ValData:
+    config = DataConfig(val=(str(folder / "a.pbin"),), seq_len=T, **fields)
+    return open_val(config, VOCAB, count, batch, ranks or world())["a"]
 
 
 @pytest.mark.parametrize(("count", "expected"), [(0, COUNT), (10, 10), (1, 1), (12, 12), (1000, COUNT)])
@@ -203,5 +315,23 @@ def test_validation_can_be_read_again(tmp_path: Path, tokens: np.ndarray) -> Non
 
 def test_validation_data_that_is_missing_or_beyond_the_vocabulary(tmp_path: Path, tokens: np.ndarray) -> None:
     assert "a.pbin is missing" in complaint(lambda: val_data(tmp_path / "none"))
-    config = DataConfig(val=str(tmp_path / "a.pbin"), seq_len=T)
-    assert "model.vocab_size is 100" in complaint(lambda: list(ValData(config, 100, 0, 4, world())))
+    config = DataConfig(val=(str(tmp_path / "a.pbin"),), seq_len=T)
+    assert "model.vocab_size is 100" in complaint(lambda: list(open_val(config, 100, 0, 4, world())["a"]))
+
+
+def test_several_validation_sets_are_read_as_training_data_is(tmp_path: Path, tokens: np.ndarray) -> None:
+    write_tokens(tmp_path / "b.pbin", tokens)
+    write_tokens(tmp_path / "mask.pbin", np.arange(len(tokens)) % 2, 2)
+    config = DataConfig(
+        val=(str(tmp_path / "a.pbin"), str(tmp_path / "b.pbin")),
+        val_masks=("", str(tmp_path / "mask.pbin")),
+        sampling="documents",
+        document_mask=True,
+        seq_len=T,
+    )
+    a, b = open_val(config, VOCAB, 0, 4, world()).values()
+    for plain, masked in zip(a, b, strict=True):
+        assert plain.keys() == {"inputs", "targets", "documents", "positions"}
+        odd = torch.where(plain["targets"] % 2 == 1, plain["targets"], IGNORED)
+        assert torch.equal(masked["targets"], odd) and torch.equal(masked["inputs"], plain["inputs"])
+    assert open_val(replace(config, val=(), val_masks=()), VOCAB, 0, 4, world()) == {}

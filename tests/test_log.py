@@ -286,3 +286,18 @@ def test_sparkline_falls_with_the_loss() -> None:
     assert sparkline([8.0, 6.0, 4.0, 1.0]) == "█▆▄▁"
     assert sparkline([float(i) for i in range(1000)], width=8) == "▁▂▃▄▅▆▇█"
     assert sparkline([3.0]) == "▁"
+
+
+def test_each_source_has_a_curve_where_it_has_targets(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = Log(tmp_path, LogConfig(every=1), progress(), {})
+    for step, chat in ((1, 3.0), (2, float("nan")), (3, 2.0)):
+        means = torch.tensor([1.0, chat])
+        log.train(step, 4 * step, {**metrics(2.0), "loss/web": means[0], "loss/chat": means[1]})
+    log.close()
+    assert [line.get("loss/chat", "left out") for line in lines(tmp_path)] == [3.0, "left out", 2.0]
+    assert [line["loss/web"] for line in lines(tmp_path)] == [1.0] * 3
+    events = EventAccumulator(str(tmp_path / "tb")).Reload()
+    assert [event.step for event in events.Scalars("train/loss/chat")] == [1, 3]
+    assert [event.step for event in events.Scalars("train/loss/web")] == [1, 2, 3]

@@ -18,6 +18,7 @@ from modalities.config import from_dict
 from modalities.data import TrainData
 from modalities.fsdp import ParallelConfig
 from modalities.log import read_metrics
+from modalities.mixture import Stage
 from modalities.model import ModelConfig
 from modalities.pbin import open_pbin, write_pbin
 from modalities.recipe import Recipe
@@ -74,7 +75,7 @@ def test_ten_steps_and_ten_more_are_twenty_to_the_bit(tmp_path: Path, ranks: int
 
 def test_the_default_precision_and_compilation_resume_to_the_bit_too(tmp_path: Path) -> None:
     parallel = ParallelConfig(micro_batch=4, param_dtype="bfloat16", compile=True)
-    recipe = tiny.recipe(tmp_path, model=DROPOUT, parallel=parallel, data=replace(tiny.recipe(tmp_path).data, val=""))
+    recipe = tiny.recipe(tmp_path, model=DROPOUT, parallel=parallel, data=replace(tiny.recipe(tmp_path).data, val=()))
     straight = train_on(1, recipe)
     shutil.copytree(straight, tmp_path / "runs" / "resumed", ignore=shutil.ignore_patterns("step-00000020"))
     assert_same_weights(straight, train_on(1, replace(recipe, name="resumed")))
@@ -87,6 +88,46 @@ def test_one_and_two_ranks_are_the_same_run(tmp_path: Path) -> None:
     torch.testing.assert_close(losses(two), losses(one), rtol=1e-5, atol=0)
     val = [[line["val/val/loss"] for line in read_metrics(run) if "val/val/loss" in line] for run in (one, two)]
     torch.testing.assert_close(val[0], val[1], rtol=1e-5, atol=0)
+
+
+def mixed_recipe(folder: Path, name: str) -> Recipe:
+    """Two sources in packed documents that are kept apart, half of one's targets masked, and weights that change."""
+    recipe = tiny.recipe(folder, name=name, model=DROPOUT)
+    for source, seed, length in (("web", 2, 11), ("chat", 3, 40)):
+        path = folder / f"{source}.pbin"
+        if not path.exists():
+            tokens = np.random.default_rng(seed).integers(0, 100, (100, length))
+            with write_pbin(path, 100) as append, write_pbin(folder / f"{source}_mask.pbin", 2) as append_mask:
+                for document in tokens:
+                    append(document)
+                    append_mask(document % 2)
+    data = replace(
+        recipe.data,
+        train=(str(folder / "web.pbin"), str(folder / "chat.pbin")),
+        weights=(3, 1),
+        stages=(Stage(tokens=32 * 8 * 12, weights=(0, 1)),),
+        masks=("", str(folder / "chat_mask.pbin")),
+        val=(str(folder / "val.pbin"), str(folder / "chat.pbin")),
+        val_masks=("", str(folder / "chat_mask.pbin")),
+        sampling="best_fit",
+        document_mask=True,
+    )
+    return replace(recipe, data=data)
+
+
+def test_a_mixture_resumes_to_the_bit_and_is_the_same_on_two_ranks(tmp_path: Path) -> None:
+    recipe = mixed_recipe(tmp_path, "straight")
+    straight = train_on(1, recipe)
+    shutil.copytree(straight, tmp_path / "runs" / "resumed", ignore=shutil.ignore_patterns("step-00000020"))
+    assert_same_weights(straight, train_on(1, replace(recipe, name="resumed")))
+    plain = replace(recipe, model=tiny.MODEL)
+    one, two = train_on(1, replace(plain, name="one")), train_on(2, replace(plain, name="two"))
+    for name in ("loss", "loss/web", "loss/chat", "val/val/loss", "val/chat/loss"):
+        curves = [[(line["step"], line[name]) for line in read_metrics(run) if name in line] for run in (one, two)]
+        assert curves[0] and [step for step, _ in curves[0]] == [step for step, _ in curves[1]]
+        torch.testing.assert_close(*([value for _, value in curve] for curve in curves), rtol=1e-5, atol=0)
+    web = [line["step"] for line in read_metrics(one) if "loss/web" in line]
+    assert web == list(range(1, 13)), "the second stage has nothing of it"
 
 
 def test_micro_batches_are_the_same_run(tmp_path: Path) -> None:
@@ -153,13 +194,13 @@ def test_bad_data_on_one_rank_is_refused_by_all_and_leaves_no_folder(tmp_path: P
     recipe = tiny.recipe(tmp_path)
     # With this seed the sequence that holds the token goes to the second rank's part of the first batch.
     with dist.setup() as world:
-        numbers = TrainData(recipe.data, 100, recipe.seed, 2, replace(world, rank=1, size=2)).numbers(0)
+        _, numbers = TrainData(recipe.data, 100, recipe.seed, 2, replace(world, rank=1, size=2)).order(0)
     tokens = open_pbin(tmp_path / "train.pbin").tokens.astype(np.int64) % 99
     tokens[numbers[0] * 32 + 5] = 99
     with write_pbin(tmp_path / "bad.pbin", 100) as append:
         append(tokens)
     model = replace(tiny.MODEL, vocab_size=99)
-    recipe = replace(recipe, model=model, data=replace(recipe.data, train=str(tmp_path / "bad.pbin"), val=""))
+    recipe = replace(recipe, model=model, data=replace(recipe.data, train=(str(tmp_path / "bad.pbin"),), val=()))
     tiny.run_ranks(2, refuse, recipe)
     assert not recipe.folder.exists()
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from modalities.loss import IGNORED, count_targets, cross_entropy_sum
+from modalities.loss import IGNORED, count_targets, cross_entropy_by_row, cross_entropy_sum, sums_by_source
 
 B, T, V = 3, 40, 1000
 
@@ -88,3 +88,23 @@ def test_count_targets() -> None:
     assert int(count_targets(targets_BT)) == sum(t != -100 for row in targets_BT.tolist() for t in row)
     assert count_targets(targets_BT).dtype == torch.int64
     assert int(count_targets(torch.tensor([[0, -100]]))) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_rows_are_the_sums_of_their_own_targets(dtype: torch.dtype) -> None:
+    logits_BTV, targets_BT = logits_and_targets(dtype)
+    targets_BT[1] = IGNORED
+    rows = cross_entropy_by_row(logits_BTV, targets_BT)
+    alone = torch.stack([cross_entropy_sum(logits_BTV[b : b + 1], targets_BT[b : b + 1]) for b in range(B)])
+    assert rows.dtype == alone.dtype and rows[1] == 0
+    torch.testing.assert_close(rows, alone, rtol=1e-6, atol=0)
+
+
+def test_sources_add_up_to_the_whole_and_keep_their_infinities() -> None:
+    _, targets_BT = logits_and_targets(torch.float32)
+    loss_B = torch.tensor([1.5, float("inf"), 2.0])
+    aux = sums_by_source(loss_B, targets_BT, torch.tensor([2, 1, 2]), num_sources=4)
+    assert aux["source_loss"].tolist() == [0, float("inf"), 3.5, 0]
+    counts = (targets_BT != IGNORED).sum(1)
+    assert aux["source_targets"].tolist() == [0, counts[1], counts[0] + counts[2], 0]
+    assert aux["source_targets"].dtype == torch.int64 and aux["source_targets"].sum() == count_targets(targets_BT)

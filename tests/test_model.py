@@ -228,6 +228,59 @@ def test_positions_can_be_given(positions: str) -> None:
 # -------------------------------------------------------------------------------------------------------------- dropout
 
 
+def row_of_documents(*lengths: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens, positions and documents [1, T] of documents of these lengths in one row."""
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    documents = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None]
+    return random_tokens(1, sum(lengths)), positions, documents
+
+
+@pytest.mark.parametrize("fields", KINDS)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["fp64", "fp32"])
+def test_documents_in_a_row_have_the_logits_that_each_has_alone(
+    fields: dict[str, Any], dtype: torch.dtype, bound: float
+) -> None:
+    config = small(**fields)
+    params = random_params(config, dtype)
+    tokens, positions, documents = row_of_documents(5, 1, 9, 3)
+    together = functional_call(build_skeleton(config), params, (tokens, positions, documents))
+    alone = [logits_of(config, params, part) for part in tokens.split([5, 1, 9, 3], dim=1)]
+    scale = float(together.abs().max())
+    assert (together - torch.cat(alone, dim=1)).abs().max() <= bound * scale
+    # One document is what there is without any.
+    whole = functional_call(build_skeleton(config), params, (tokens, None, torch.zeros_like(documents)))
+    assert (whole - logits_of(config, params, tokens)).abs().max() <= bound * scale
+    assert (whole - together).abs().max() > 0.01 * scale
+
+
+@pytest.mark.parametrize("fields", KINDS)
+def test_gradients_do_not_cross_documents(fields: dict[str, Any]) -> None:
+    config = small(**fields)
+    model, params = build_skeleton(config), random_params(config, torch.float32)
+    tokens_BT, positions_BT, documents_BT = row_of_documents(4, 3, 5)
+    embedded_BTD = params["embed.weight"][tokens_BT].requires_grad_()
+    handle = model.embed.register_forward_hook(lambda *_: embedded_BTD)
+    logits_BTV = functional_call(model, params, (tokens_BT, positions_BT, documents_BT))
+    handle.remove()
+    weight_V = torch.randn(config.padded_vocab_size, generator=torch.Generator().manual_seed(2))
+    for t in range(12):
+        (grad_BTD,) = torch.autograd.grad(logits_BTV[0, t] @ weight_V, embedded_BTD, retain_graph=True)
+        looked_at_T = (documents_BT[0] == documents_BT[0, t]) & (torch.arange(12) <= t)
+        norms_T = grad_BTD[0].norm(dim=-1)
+        assert torch.equal(norms_T[~looked_at_T], torch.zeros(12 - int(looked_at_T.sum())))
+        assert bool((norms_T[looked_at_T] > 1e-4).all()), norms_T
+
+
+def test_padding_is_a_document_and_gives_no_nan() -> None:
+    config = small()
+    params = {name: p.requires_grad_() for name, p in random_params(config, torch.float32).items()}
+    tokens, positions, documents = row_of_documents(3, 15)
+    tokens[0, 3:] = 0
+    logits = functional_call(build_skeleton(config), params, (tokens, positions, documents))
+    loss = F.cross_entropy(logits[0], torch.tensor([5, 6, *([-100] * 16)]))
+    assert all(bool(grad.isfinite().all()) for grad in torch.autograd.grad(loss, list(params.values())))
+
+
 def test_dropout_is_off_unless_it_trains() -> None:
     tokens_BT = random_tokens(2, 12)
     dropping, plain = small(dropout=0.3), small()
@@ -254,9 +307,9 @@ def test_dropout_reaches_the_attention_weights() -> None:
     rope = rope_cos_sin(torch.arange(6)[None], 8, 10_000.0)
     torch.manual_seed(0)
     with torch.no_grad():
-        plain = attention(x_BTD, rope, False)
-        assert torch.equal(attention(x_BTD, rope, False), plain)
-        draws = torch.cat([attention(x_BTD, rope, True) for _ in range(4000)])
+        plain = attention(x_BTD, rope, None, False)
+        assert torch.equal(attention(x_BTD, rope, None, False), plain)
+        draws = torch.cat([attention(x_BTD, rope, None, True) for _ in range(4000)])
     assert bool((draws.std(0) > 0.01).all())
     assert ((draws.mean(0) - plain).abs() < 6 * draws.std(0) / math.sqrt(4000)).all()
 

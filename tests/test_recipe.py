@@ -1,5 +1,6 @@
 """Recipes: by name, from Python and JSON, with mistakes named; what a dry run foretells."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,9 +8,10 @@ import pytest
 import tiny
 
 from modalities.config import from_dict, to_dict
+from modalities.mixture import Stage
 from modalities.model import num_params
 from modalities.optim import ScheduleConfig
-from modalities.recipe import Recipe, check_ranks, describe, load, memory_per_rank
+from modalities.recipe import Recipe, check_ranks, describe, load, memory_per_rank, parse
 
 
 def test_a_recipe_may_say_what_python_lets_pass(tmp_path: Path) -> None:
@@ -26,6 +28,7 @@ def test_a_recipe_may_say_what_python_lets_pass(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "source, message",
     [
+        ("from modalities.data import DataConfig\nDataConfig(train='a.pbin')", "must be a tuple: ('a.pbin',)"),
         ("recipe = 3", "defines no `recipe = Recipe"),
         ("import no_such_package", "ModuleNotFoundError: No module named 'no_such_package'"),
         ("recipe = = 3", "SyntaxError"),
@@ -89,3 +92,47 @@ def test_memory_is_shared_among_ranks_but_for_activations(tmp_path: Path) -> Non
     one, four = (memory_per_rank(tiny.recipe(tmp_path), ranks) for ranks in (1, 4))
     assert one["optimizer"] == 8 * num_params(tiny.MODEL) == 4 * four["optimizer"]
     assert one["activations"] == four["activations"]
+
+
+def test_a_recipe_with_stages_is_loaded_overridden_and_written(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "recipes" / "demo.py").read_text()
+    data = """data=DataConfig(
+        train=("web.pbin", "code.pbin"), weights=(3, 1), seq_len=256, global_batch=8,
+        stages=[Stage(tokens=10**6, weights=[1, 1]), Stage(tokens=2 * 10**6, weights=(0.0, 1.0))],
+    )"""
+    text = text.replace("data=DataConfig(seq_len=256, global_batch=8)", data)
+    (tmp_path / "staged.py").write_text(
+        text.replace(
+            "from modalities.model import", "from modalities.mixture import Stage\nfrom modalities.model import"
+        )
+    )
+    recipe, _ = load(str(tmp_path / "staged.py"))
+    assert recipe.data.stages[1] == Stage(tokens=2 * 10**6, weights=(0.0, 1.0))
+    assert from_dict(Recipe, json.loads(json.dumps(to_dict(recipe)))) == recipe
+    changed = parse(
+        recipe, ["--steps", "5", "--data.weights", "1", "2", "--data.stages.1.tokens", "7000000"], "train.py"
+    )
+    assert changed.data.stages == (recipe.data.stages[0], Stage(tokens=7_000_000, weights=(0.0, 1.0)))
+    assert (changed.steps, changed.data.weights, changed.data.train) == (5, (1.0, 2.0), recipe.data.train)
+    with pytest.raises(ValueError, match="tokens 5 come after 1000000, but must ascend"):
+        parse(recipe, ["--data.stages.1.tokens", "5"], "train.py")
+
+
+def test_flags_of_several_files(tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path)
+    data = parse(
+        recipe, ["--data.train", "a.pbin", "b.pbin", "--data.masks", "", "m.pbin", "--data.val"], "train.py"
+    ).data
+    assert (data.train, data.masks, data.val) == (("a.pbin", "b.pbin"), ("", "m.pbin"), ())
+    with pytest.raises(ValueError, match="data.val has an empty entry; for none write"):
+        parse(recipe, ["--data.val", ""], "train.py")
+
+
+def test_a_dry_run_tells_what_is_taken_of_each_source(tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path)
+    data = replace(recipe.data, train=(*recipe.data.train, *recipe.data.val), names=("web", "chat"), weights=(3, 1))
+    text = describe(replace(recipe, data=replace(data, sampling="best_fit")), ranks=1)
+    assert (
+        "training data    web (best_fit): 125 sequences, 0.0% padding, 1 of 1 documents cut; 75.0% of the run" in text
+    )
+    assert "training data    chat (best_fit): 125 sequences" in text and "25.0% of the run, 0.32 epochs" in text

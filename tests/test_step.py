@@ -1,17 +1,22 @@
 """The step: two gradient implementations and a float64 reference agree, and the batch may be cut anyhow."""
 
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from torch._inductor.utils import run_and_get_code
+from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
 from modalities import dist, fsdp, step
+from modalities.data import DataConfig, TrainData
 from modalities.loss import Batch
 from modalities.model import ModelConfig, build_skeleton
 from modalities.optim import OptimConfig, Params, adamw
+from modalities.pbin import write_pbin
 from modalities.step import TrainState
 
 WORLD = dist.World(rank=0, size=1, device=torch.device("cpu"), mesh=None)
@@ -97,21 +102,124 @@ def test_micro_batches_give_the_same_gradients(dtype: torch.dtype, bound: float)
     loss_fn = step.make_loss_fn(build_skeleton(tiny.MODEL), dtype, train=True)
     grad_fn = step.grad_and_value(loss_fn, sharded=False, compile=False)
     params = initial(tiny.MODEL, dtype)
-    expected, expected_loss = step.accumulated_grads(grad_fn, params, {k: v[None] for k, v in whole.items()})
+    expected, (expected_loss, _) = step.accumulated_grads(grad_fn, params, {k: v[None] for k, v in whole.items()})
     for micro_batches in (2, 4):
         cut = {k: v.view(micro_batches, -1, 32) for k, v in whole.items()}
-        grads, loss = step.accumulated_grads(grad_fn, params, cut)
+        grads, (loss, _) = step.accumulated_grads(grad_fn, params, cut)
         assert_grads_equal(grads, expected, bound)
         torch.testing.assert_close(loss, expected_loss, rtol=bound, atol=0)
 
 
-def make_train_step(config: ModelConfig, lr: float) -> tuple[TrainState, step.TrainStep]:
-    loss_fn = step.make_loss_fn(build_skeleton(config), torch.float32, train=True)
+@tiny.needs_compiler
+def test_documents_and_sources_go_through_the_compiled_gradient() -> None:
+    config = tiny.MODEL
+    batch = with_count(tiny.packed_batch(config, (4, 33), num_sources=3))
+    results = []
+    for compile in (False, True):
+        loss_fn = step.make_loss_fn(build_skeleton(config), torch.float32, train=True, num_sources=3)
+        results.append(step.grad_and_value(loss_fn, sharded=False, compile=compile)(initial(config), batch))
+    (grads, (loss, aux)), (compiled_grads, (compiled_loss, compiled_aux)) = results
+    assert_grads_equal(compiled_grads, grads, 1e-5)
+    torch.testing.assert_close(compiled_loss, loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(compiled_aux, aux, rtol=1e-6, atol=0)
+    # Without the documents it is another loss.
+    plain = {key: value for key, value in batch.items() if key not in ("documents", "positions")}
+    loss_fn = step.make_loss_fn(build_skeleton(config), torch.float32, train=True, num_sources=3)
+    assert abs(float(loss_fn(initial(config), plain)[0] - loss)) > 1e-6
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 4])
+def test_the_losses_of_the_sources_are_the_loss(micro_batches: int) -> None:
+    batch = tiny.packed_batch(tiny.MODEL, (8, 32), num_sources=3)
+    params, skeleton = initial(tiny.MODEL), build_skeleton(tiny.MODEL)
+    one = step.grad_and_value(step.make_loss_fn(skeleton, torch.float32, train=True), sharded=False, compile=False)
+    three = step.make_loss_fn(skeleton, torch.float32, train=True, num_sources=3)
+    cut = {key: value.unflatten(0, (micro_batches, -1)) for key, value in batch.items()}
+    expected, (expected_loss, no_aux) = step.accumulated_grads(one, params, cut)
+    grads, (loss, aux) = step.accumulated_grads(step.grad_and_value(three, False, False), params, cut)
+    assert no_aux == {} and aux["source_targets"].sum() == (batch["targets"] != -100).sum()
+    assert_grads_equal(grads, expected, 1e-6)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-6, atol=0)
+    torch.testing.assert_close(aux["source_loss"].sum() / aux["source_targets"].sum(), loss, rtol=1e-6, atol=0)
+    losses = step.source_losses(aux, "abc")
+    for source, name in enumerate("abc"):
+        own = {key: value[None, batch["sources"] == source] for key, value in batch.items()}
+        _, (alone, _) = step.accumulated_grads(one, params, own)
+        torch.testing.assert_close(losses[f"loss/{name}"], alone, rtol=1e-6, atol=0)
+
+
+def test_a_source_without_targets_has_no_loss() -> None:
+    batch = tiny.packed_batch(tiny.MODEL, (1, 4, 32), num_sources=2)
+    batch["targets"][batch["sources"] == 1] = -100
+    state, train_step = make_train_step(tiny.MODEL, lr=0.0, sources=("web", "chat"))
+    _, metrics = train_step(state, batch)
+    assert list(metrics) == ["loss", "lr", "grad_norm", "loss/web", "loss/chat"]
+    torch.testing.assert_close(metrics["loss/web"], metrics["loss"], rtol=1e-6, atol=0)
+    assert torch.as_tensor(metrics["loss/chat"]).isnan()
+
+
+def test_a_masked_target_has_no_effect_to_the_bit(tmp_path: Path) -> None:
+    """Two files that differ in targets that are masked, and nowhere else: the last of each sequence is no input."""
+    tokens = np.random.default_rng(0).integers(0, 100, 33 * 8)
+    last = np.arange(len(tokens)) % 33 == 32
+    mask = ~(last & (np.arange(len(tokens)) < 33 * 6))
+    for name, values, vocab_size in (
+        ("a", tokens, 100), ("b", np.where(mask, tokens, (tokens + 7) % 100), 100), ("mask", mask, 2)
+    ):  # fmt: skip
+        with write_pbin(tmp_path / f"{name}.pbin", vocab_size) as append:
+            append(values)
+    loss_fn = step.make_loss_fn(build_skeleton(tiny.MODEL), torch.float32, train=True)
+    grad_fn = step.grad_and_value(loss_fn, sharded=False, compile=False)
+
+    def grads_of(name: str, masks: tuple[str, ...]) -> tuple[Params, torch.Tensor]:
+        config = DataConfig(
+            train=(str(tmp_path / f"{name}.pbin"),), masks=masks, seq_len=32, global_batch=8, reuse_last_target=False
+        )
+        batch = TrainData(config, 100, 0, 4, WORLD).read(0)
+        assert int((batch["targets"] == -100).sum()) == (6 if masks else 0)
+        grads, (loss, _) = step.accumulated_grads(grad_fn, initial(tiny.MODEL), batch)
+        return grads, loss
+
+    masked = (str(tmp_path / "mask.pbin"),)
+    (a, loss_a), (b, loss_b) = grads_of("a", masked), grads_of("b", masked)
+    assert torch.equal(loss_a, loss_b) and all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(grads_of("a", ())[1], grads_of("b", ())[1])
+
+
+def same_on_ranks(config: ModelConfig, compile: bool) -> None:
+    """Gradients and the losses of the sources on two ranks are those of one process."""
+    batch = tiny.packed_batch(config, (8, 32), num_sources=3)
+    plain = step.make_loss_fn(build_skeleton(config), torch.float32, train=True, num_sources=3)
+    expected, (loss, aux) = step.grad_and_value(plain, sharded=False, compile=False)(initial(config), with_count(batch))
+    with dist.setup() as world:
+        model = build_skeleton(config)
+        fsdp.parallelize(model, world.mesh, fsdp.ParallelConfig(param_dtype="float32", compile=compile))
+        params = fsdp.init_params(model, 0, world.device)
+        loss_fn = step.make_loss_fn(model, torch.float32, train=True, num_sources=3)
+        mine = {k: v.chunk(world.size)[world.rank].unflatten(0, (2, -1)) for k, v in batch.items()}
+        grads, (_, own) = step.accumulated_grads(step.grad_and_value(loss_fn, True, compile), params, mine)
+        whole = {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in grads.items()}
+        assert_grads_equal(whole, expected, 1e-5)
+        losses = torch.stack([torch.as_tensor(value) for value in step.source_losses(own, "abc").values()])
+    torch.testing.assert_close(losses, aux["source_loss"] / aux["source_targets"], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(
+    "compile", [pytest.param(False, id="eager"), pytest.param(True, id="compiled", marks=tiny.needs_compiler)]
+)
+def test_documents_and_sources_on_ranks_are_those_of_one_process(compile: bool) -> None:
+    tiny.run_ranks(2, same_on_ranks, tiny.MODEL, compile)
+
+
+def make_train_step(
+    config: ModelConfig, lr: float, sources: tuple[str, ...] = ("train",)
+) -> tuple[TrainState, step.TrainStep]:
+    loss_fn = step.make_loss_fn(build_skeleton(config), torch.float32, train=True, num_sources=len(sources))
     grad_fn = step.grad_and_value(loss_fn, sharded=False, compile=False)
     params = initial(config)
     optimizer = adamw(OptimConfig(weight_decay=0.0), params)
     return TrainState(params, optimizer.init(params)), step.make_train_step(
-        grad_fn, optimizer, 1.0, lambda i: lr, seed=0, world=WORLD
+        grad_fn, optimizer, 1.0, lambda i: lr, seed=0, world=WORLD, sources=sources
     )
 
 
@@ -128,7 +236,7 @@ def test_one_batch_can_be_learnt_by_heart(config: ModelConfig) -> None:
 def test_a_batch_without_targets_teaches_nothing() -> None:
     batch = tiny.batch(tiny.MODEL, (1, 2, 32), ignored=1.0)
     loss_fn = step.make_loss_fn(build_skeleton(tiny.MODEL), torch.float32, train=True)
-    grads, loss = step.accumulated_grads(
+    grads, (loss, _) = step.accumulated_grads(
         step.grad_and_value(loss_fn, sharded=False, compile=False), initial(tiny.MODEL), batch
     )
     assert loss == 0 and all((grad == 0).all() for grad in grads.values())

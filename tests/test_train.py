@@ -101,13 +101,23 @@ def test_gpt2_60m_whole_on_one_and_two_ranks(here: Path) -> None:
 
 
 def same_losses(args: tuple[str, ...], here: Path) -> None:
-    args += ("--data.global-batch", "4", "--parallel.micro-batch", "2", "--log.every", "1", "--data.val", "")
+    args += ("--data.global-batch", "4", "--parallel.micro-batch", "2", "--log.every", "1", "--data.val")
     args += ("--parallel.param-dtype", "float32", "--parallel.no-compile", "--checkpoint.every", "0")
     train(*args, "--name", "one", cwd=here)
     train(*args, "--name", "two", cwd=here, ranks=2)
     one, two = losses(here / "runs/one"), losses(here / "runs/two")
     assert len(one) == 20
     torch.testing.assert_close(two, one, rtol=1e-4, atol=0)
+
+
+def test_two_sources_in_packed_documents(here: Path) -> None:
+    sources = ["--data.train", "data/demo/train.pbin", "data/demo/val.pbin", "--data.names", "stdlib", "more"]
+    shown = train("--recipe", "demo", "--steps", "4", *SMALL, *sources, "--data.weights", "3", "1",
+                  "--data.sampling", "best_fit", "--data.document-mask", cwd=here)  # fmt: skip
+    assert "stdlib (best_fit): " in shown and "% padding" in shown and "documents cut; 75.0% of the run" in shown
+    assert "loss/more" in shown
+    lines = [json.loads(line) for line in (here / "runs/demo/metrics.jsonl").read_text().splitlines()]
+    assert any("loss/stdlib" in line and "loss/more" in line for line in lines)
 
 
 def test_compiled_ranks_train(here: Path) -> None:
@@ -169,6 +179,9 @@ MISTAKES = {
     ),
     "global batch": (["--recipe", "demo", "--data.global-batch", "17"], "data.global_batch 17"),
     "no data": (["--recipe", "demo", "--data.train", "no.pbin"], "no.pbin is missing"),
+    "no second source": (["--recipe", "demo", "--data.train", "data/demo/train.pbin", "no.pbin"], "no.pbin is missing"),
+    "weights of other sources": (["--recipe", "demo", "--data.weights", "1", "2"], "data.weights: 2 given for the 1"),
+    "not a mask": (["--recipe", "demo", "--data.masks", "data/demo/train.pbin"], "train.pbin is no mask"),
     "no name": (["--recipe"], "--recipe"),
     "no such json": (["--recipe", "runs/x/recipe.json"], "runs/x/recipe.json"),
 }

@@ -1,5 +1,6 @@
 """A tiny run for the tests: data that can be learnt, a recipe of it, and real ranks (gloo) to run it on."""
 
+import math
 import os
 import shutil
 import socket
@@ -54,7 +55,11 @@ def recipe(folder: Path, **changes: Any) -> Recipe:
         steps=20,
         model=MODEL,
         data=DataConfig(
-            train=str(folder / "train.pbin"), val=str(folder / "val.pbin"), tokenizer="", seq_len=32, global_batch=8
+            train=(str(folder / "train.pbin"),),
+            val=(str(folder / "val.pbin"),),
+            tokenizer="",
+            seq_len=32,
+            global_batch=8,
         ),
         optim=OptimConfig(lr=1e-2, schedule=ScheduleConfig(warmup=3)),
         parallel=ParallelConfig(micro_batch=2, param_dtype="float32", compile=False),
@@ -72,6 +77,22 @@ def batch(model: ModelConfig, shape: tuple[int, ...], seed: int = 0, ignored: fl
     inputs, targets = torch.randint(model.vocab_size, (2, *shape), generator=generator)
     targets[torch.rand(shape, generator=generator) < ignored] = -100
     return {"inputs": inputs, "targets": targets}
+
+
+def packed_batch(
+    model: ModelConfig, shape: tuple[int, ...], num_sources: int, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """Such a batch of several sources, whose sequences hold documents of random lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    begins = torch.rand(shape, generator=generator) < 0.15
+    begins[..., 0] = False
+    index = torch.arange(shape[-1])
+    return {
+        **batch(model, shape, seed, ignored=0.3),
+        "documents": begins.cumsum(-1),
+        "positions": index - torch.where(begins, index, 0).cummax(-1).values,
+        "sources": torch.arange(math.prod(shape[:-1])).view(shape[:-1]) % num_sources,
+    }
 
 
 def run_ranks(ranks: int, function: Callable[..., None], *args: Any) -> None:
