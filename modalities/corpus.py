@@ -1,57 +1,58 @@
-"""Documents in: the lines of JSONL files, the text at a field of each, the JSONL index, and the demo corpus.
+"""Documents one after another: every one is either yielded or rejected with a reason, and a `Tally` keeps the count.
 
-Every line is either yielded or rejected with a reason; a `Tally` keeps the count. Nothing here knows of tokens.
+Also the index of a JSONL file. Nothing here knows of tokens.
 """
 
-import hashlib
-import re
-import sysconfig
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+import orjson
 
 from modalities import pbin
+from modalities.fields import Reject, Select, texts_of, value_of
+from modalities.sources import PORTION_BYTES, Chunk, Lines, Source, Where
 
 OnError = Literal["fail", "skip"]
-Field = tuple[str | int, ...]
-
-
-class Line(NamedTuple):
-    """Where a document stands; `number` counts from 1, `num_bytes` leaves out the newline."""
-
-    path: Path
-    number: int
-    offset: int
-    num_bytes: int
-
-    def __str__(self) -> str:
-        return f"{self.path}, line {self.number} (byte {self.offset})"
 
 
 @dataclass
 class Tally:
-    """How many documents came in, and how many of them were left out, by reason."""
+    """How many documents came in, and how many of them were left out, by reason; a context around the work."""
 
     on_error: OnError = "fail"
+    listed: Path | None = None
+    """Where the skipped documents are listed, if there are any."""
     documents: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
+    files: ExitStack = field(default_factory=ExitStack)
+    file: BinaryIO | None = None
 
-    def reject(self, where: object, reason: str, detail: str = "") -> None:
+    def __enter__(self) -> "Tally":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.files.__exit__(*error)
+
+    def reject(self, where: object, reject: Reject) -> None:
         """Count a bad document, or end with it where `on_error` is "fail"."""
         if self.on_error == "fail":
-            why = f"{reason}: {detail}" if detail else reason
-            raise ValueError(f"{where}: {why}; mend it, or leave out such documents with --on-error skip")
-        self.skipped[reason] += 1
+            raise ValueError(f"{where}: {reject}; mend it, or leave out such documents with --on-error skip")
+        self.skipped[reject.reason] += 1
+        if self.listed is not None and isinstance(where, Where):
+            if self.file is None:
+                self.file = self.files.enter_context(pbin.write_beside(self.listed))
+            self.file.write(skipped_line(where, reject))
 
     def report(self, out: Path, kept: int, tokens: int | None = None) -> str:
         """The line that says what was written to `out`, and what was left out."""
-        from tqdm import tqdm
-
         assert self.documents == kept + self.skipped.total(), f"{kept} documents kept of {self}"
         counts = f"{kept:,} documents" if tokens is None else f"{kept:,} documents, {tokens:,} tokens"
-        return f"{out}: {counts}, {tqdm.format_sizeof(out.stat().st_size)}B{self.left_out()}"
+        return f"{out}: {counts}, {out.stat().st_size:,} bytes{self.left_out()}"
 
     def left_out(self) -> str:
         """How many were skipped and why, as the end of a sentence; empty where none was."""
@@ -59,164 +60,97 @@ class Tally:
         return f"; skipped {self.skipped.total():,} of {self.documents:,}: {reasons}" if reasons else ""
 
 
-# ---------------------------------------------------------------------------------------------------------------- JSONL
+def skipped_line(where: Where, reject: Reject) -> bytes:
+    """A line of `<out>.skipped.jsonl`."""
+    place = {"row": where.number} if where.offset is None else {"line": where.number, "byte": where.offset}
+    return orjson.dumps({"file": where.source, **place, "reason": reject.reason, "detail": reject.detail}) + b"\n"
 
 
-def parse_field(path: str) -> Field:
-    """`.text`, `.a.b`, `.a[0]`, `.["any key"]`, as in jq; `.` alone is the document itself."""
-    step = re.compile(r'\.?\[(-?\d+)\]|\.?\["([^"]+)"\]|\.([A-Za-z_]\w*)')
-    keys: list[str | int] = []
-    position = 0 if path != "." else 1
-    while position < len(path):
-        match = step.match(path, position)
-        if match is None or not path.startswith("."):
-            raise ValueError(f'--field {path!r} is no field path; write one like .text, .a.b, .a[0] or .["any key"]')
-        number, quoted, name = match.groups()
-        keys.append(int(number) if number is not None else quoted or name)
-        position = match.end()
-    if not path:
-        raise ValueError("--field is empty; write one like .text")
-    return tuple(keys)
+def read_texts(sources: Sequence[Source], select: Select, name: str, tally: Tally) -> Iterator[tuple[Where, str]]:
+    """The text of every document of `sources`, in order, with where it stands; bad ones go to `tally`."""
+    for where, value in read_values(sources, select, tally):
+        texts, rejects = texts_of([value], lambda it: it, name)
+        for text in texts:
+            yield where, text
+        for _, reject in rejects:
+            tally.reject(where, reject)
 
 
-def output_for(docs: Sequence[Path], out: Path | None, ending: str) -> Path:
-    """`out`, or where it is None the path of the only input with another `ending`."""
-    if not docs:
-        raise ValueError("no input; give at least one JSONL file")
-    if out is None and len(docs) > 1:
-        raise ValueError(f"{len(docs)} inputs make one {ending} file; name it with --out")
-    return out or docs[0].with_suffix(ending)
-
-
-def _require_files(paths: Iterable[Path]) -> None:
-    """Raise `ValueError` for the first of `paths` that is not a file: before any work, not after an hour of it."""
-    for path in paths:
-        # A pipe will do: a file is read once, from its beginning to its end.
-        if not path.exists() or path.is_dir():
-            raise ValueError(f"{path} is {'a folder' if path.is_dir() else 'missing'}; give a JSONL file")
-
-
-def read_documents(paths: Sequence[Path], field_path: str, tally: Tally) -> Iterator[tuple[Line, str]]:
-    """The text at `field_path` of every line of `paths`, in order, with where it stands; bad lines go to `tally`.
-
-    The arguments are checked here and now, the files read as the iterator is.
-    """
-    keys = parse_field(field_path)
-    _require_files(paths)
-    return _read_texts(paths, keys, field_path, tally)
-
-
-def _read_texts(paths: Sequence[Path], keys: Field, field_path: str, tally: Tally) -> Iterator[tuple[Line, str]]:
-    for path in paths:
-        for line, value in _read_json(path, tally):
-            text, reason = _text_at(value, keys, field_path)
-            if reason:
-                tally.reject(line, reason)
-            else:
-                yield line, text
+def read_values(sources: Sequence[Source], select: Select, tally: Tally) -> Iterator[tuple[Where, Any]]:
+    """What `select` finds in every document of `sources`, in order, with where it stands; bad ones go to `tally`."""
+    for source in sources:
+        before = 0
+        for begin, end in source.portions(PORTION_BYTES):
+            count = 0
+            for chunk in source.chunks(begin, end):
+                count += len(chunk.items)
+                tally.documents += len(chunk.items)
+                for i, item in enumerate(chunk.items):
+                    where = chunk.where(source.name, i, before)
+                    value = value_of(item, select)
+                    if isinstance(value, Reject):
+                        tally.reject(where, value)
+                    else:
+                        yield where, value
+            before += count
 
 
 def write_index(path: Path, out: Path, tally: Tally) -> int:
     """Write to `out` where the lines of `path` that are JSON stand; returns their number."""
-    _require_files([path])
+    source = Lines(path)
+    if source.compression or not path.is_file():
+        raise ValueError(f"{path} is {_unfit(path)}; an index tells bytes of a JSONL file that is not compressed")
     pbin.refuse_existing(out)
-    lines = [(line.offset, line.num_bytes) for line, _ in _read_json(path, tally)]
-    if not lines:
-        raise ValueError(f"{path} holds no document: nothing to index{tally.left_out()}")
-    pbin.write_idx(out, lines)
-    return len(lines)
+    kept = 0
+
+    def pieces() -> Iterator[np.ndarray]:
+        nonlocal kept
+        for chunk in source.chunks(0, path.stat().st_size):
+            lines = _where_json_lies(source, chunk, tally)
+            kept += len(lines)
+            yield lines
+        if not kept:
+            raise ValueError(f"{path} holds no document: nothing to index{tally.left_out()}")
+
+    pbin.write_idx(out, pieces())
+    return kept
 
 
-def _read_json(path: Path, tally: Tally) -> Iterator[tuple[Line, Any]]:
-    """Every line of `path` that is JSON, parsed."""
-    import orjson
-    from tqdm import tqdm
-
-    num_bytes = path.stat().st_size
-    bar = tqdm(total=num_bytes or None, desc=path.name, unit="B", unit_scale=True, disable=None, leave=False)
-    offset = 0
-    with path.open("rb", buffering=1 << 20) as file, bar:
-        for number, raw in enumerate(file, 1):
-            line = Line(path, number, offset, len(raw) - raw.endswith(b"\n"))
-            offset += len(raw)
-            bar.update(len(raw))
-            tally.documents += 1
-            try:
-                value = orjson.loads(raw)
-            except orjson.JSONDecodeError as error:
-                tally.reject(line, *_why_not_json(raw, error))
-                continue
-            yield line, value
+def _unfit(path: Path) -> str:
+    return "missing" if not path.exists() else "a folder" if path.is_dir() else "no such file"
 
 
-def _why_not_json(raw: bytes, error: Any) -> tuple[str, str]:
-    """Reason and detail of a line that orjson refused."""
-    if not raw.strip():
-        return "blank line", ""
+def _where_json_lies(source: Source, chunk: Chunk, tally: Tally) -> np.ndarray:
+    """Byte offset and length of the lines of a chunk that are JSON, int64 [N, 2]."""
+    lengths = np.fromiter(map(len, chunk.items), np.int64, len(chunk.items))
+    offsets = (chunk.offset or 0) + np.cumsum(lengths) - lengths
+    lengths -= 1  # the newline, which a last line may lack
+    lengths[-1] += not chunk.items[-1].endswith(b"\n")
+    tally.documents += len(chunk.items)
+    lines = np.stack((offsets, lengths), 1)
+    return lines if _all_json(chunk.items) else lines[_judge(source, chunk, tally)]
+
+
+def _all_json(lines: Sequence[bytes]) -> bool:
+    """Whether simdjson, the fastest to look and not to build, takes every line; it refuses some good ones."""
+    import simdjson
+
+    parse = simdjson.Parser().parse
     try:
-        raw.decode()
-    except UnicodeDecodeError as problem:
-        return "invalid UTF-8", f"byte 0x{raw[problem.start]:02x} at {problem.start} of the line"
-    return "invalid JSON", f"{error.msg} at character {error.pos} of the line"
+        for line in lines:
+            parse(line)
+    except (ValueError, RuntimeError):
+        return False
+    return True
 
 
-def _text_at(value: Any, keys: Field, field_path: str) -> tuple[str, str]:
-    """The text that `keys` lead to and "", or "" and the reason why there is none."""
-    for key in keys:
-        match key, value:
-            case str(), dict() if key in value:
-                value = value[key]
-            case int(), list() if -len(value) <= key < len(value):
-                value = value[key]
-            case _:
-                return "", f"no field {field_path}"
-    if value is None:
-        return "", f"field {field_path} is null"
-    if not isinstance(value, str):
-        return "", f"field {field_path} is not a string"
-    return value, "" if value else "empty text"
-
-
-# ----------------------------------------------------------------------------------------------------------------- demo
-
-# Other people's packages, the tests (larger than the rest), and what a program wrote: character tables, manual pages.
-NOT_DEMO = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "encodings", "pydoc_data"}
-VALIDATION_SHARE = 0.05
-LIBRARY = Path(sysconfig.get_paths()["stdlib"])
-
-
-def write_demo(out: Path, validation: bool, library: Path = LIBRARY) -> None:
-    """Write the running Python's own library as JSONL: the training part, or the part held out for validation.
-
-    A document is a source file, `text` and `path`; they are sorted by path.
-    """
-    import orjson
-
-    with pbin.write_beside(out) as file:
-        for path in _library_sources(library):
-            name = path.relative_to(library).as_posix()
-            if _is_validation(name) == validation:
-                text = _decoded(path)
-                if text:
-                    file.write(orjson.dumps({"text": text, "path": name}) + b"\n")
-
-
-def _library_sources(library: Path) -> list[Path]:
-    found = (path.relative_to(library) for path in library.rglob("*.py"))
-    names = sorted(name.as_posix() for name in found if not NOT_DEMO & set(name.parts))
-    if not names:
-        raise ValueError(f"this Python has no source files in {library}; run one that brings its library's sources")
-    return [library / name for name in names]
-
-
-def _decoded(path: Path) -> str:
-    """The text of a source file; empty where it is not UTF-8."""
-    try:
-        return path.read_bytes().decode()
-    except UnicodeDecodeError:
-        return ""
-
-
-def _is_validation(name: str) -> bool:
-    """About one name in twenty, the same ones on every machine."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") < VALIDATION_SHARE * 2**64
+def _judge(source: Source, chunk: Chunk, tally: Tally) -> list[int]:
+    """The numbers of a chunk's lines that are JSON; the others go to `tally`."""
+    good = []
+    for i, line in enumerate(chunk.items):
+        value = value_of(line, lambda value: None)
+        if isinstance(value, Reject):
+            tally.reject(chunk.where(source.name, i), value)
+        else:
+            good.append(i)
+    return good

@@ -1,118 +1,237 @@
-"""Documents to tokens to `.pbin`, and the training of a tokenizer.
+"""Documents → tokens → `.pbin`, in threads and on any number of machines, with an account of every document.
 
-It takes documents from any iterator, each with where it came from, and knows nothing of files of text.
+Threads encode chunks, for the engines leave Python's lock alone; the main thread writes what they return in the order
+of the input. So the file is the same for any number of threads and ranks, and an interrupted run goes on where it was.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import contextlib
+import json
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
+import orjson
 
-from modalities import pbin
+from modalities import __version__, pbin, ranks
+from modalities.account import Account, SourceFacts, TokenizerFacts, account_path, skipped_path, write_account
+from modalities.corpus import skipped_line
+from modalities.encode import (
+    ENGINES,
+    Encoded,
+    EnginesDiffer,
+    Job,
+    PackConfig,
+    Portion,
+    choose_engine,
+    make_encode,
+    make_job,
+)
+from modalities.parts import Counts, Done, Writer, finished, join
+from modalities.sources import Chunk, Lines, Source
 
-EOD = "<|endoftext|>"
-# Enough text to keep every thread of the tokenizer busy, little enough to stay far from the memory's end.
-BATCH_CHARACTERS = 4_000_000
-
-Document = tuple[object, str]
-Reject = Callable[[object, str], None]
+POLL_SECONDS = 0.2
 
 
-class Packed(NamedTuple):
-    documents: int
-    tokens: int
+def pack(sources: Sequence[Source], out: Path, config: PackConfig, say: Callable[[str], None]) -> Account | None:
+    """Tokenize the documents of `sources`, end each with the token `eod`, and write `out` and its account.
 
-
-def pack_documents(
-    documents: Iterable[Document],
-    tokenizer_path: Path,
-    out: Path,
-    eod: str,
-    reject: Reject,
-    batch_characters: int = BATCH_CHARACTERS,
-) -> Packed:
-    """Tokenize `documents`, each (where it stands, its text), end each with the token `eod`, and write `out`.
-
-    A special token spelled out in a text stays text. A document that gives no token goes to `reject(where, reason)`.
+    To be called on every rank; the main rank joins the parts and returns the account. An existing `out` is refused.
+    `say` is told, on the main rank, what a user would want to know meanwhile.
     """
-    pbin.refuse_existing(out)
-    tokenizer = load_tokenizer(tokenizer_path, eod)
-    eod_id = tokenizer.token_to_id(eod)
-    # Not the number of entries: ids may leave gaps.
-    vocab_size = max(tokenizer.get_vocab().values()) + 1
-    num_documents = num_tokens = 0
-    with pbin.write_pbin(out, vocab_size) as append:
-        for batch in _batches(documents, batch_characters):
-            encodings = tokenizer.encode_batch_fast([text for _, text in batch])
-            for (where, _), encoding in zip(batch, encodings, strict=True):
-                ids = encoding.ids
-                if not ids:
-                    reject(where, "the tokenizer makes no token of the text")
-                    continue
-                if ids[-1] != eod_id:
-                    ids.append(eod_id)
-                append(np.array(ids, dtype=np.uint32))
-                num_documents += 1
-                num_tokens += len(ids)
-        if not num_documents:
-            raise ValueError(f"no document to pack: {out} would be empty, and is not written")
-    return Packed(num_documents, num_tokens)
-
-
-def load_tokenizer(path: Path, eod: str) -> Any:
-    """The `tokenizers.Tokenizer` of a `tokenizer.json`, set to leave nothing out and to parse nothing in a text."""
-    from tokenizers import AddedToken, Tokenizer
-
-    if not path.is_file():
-        raise ValueError(f"tokenizer {path} {'is a folder' if path.is_dir() else 'is missing'}; give a tokenizer.json")
+    if ranks.is_main():
+        pbin.refuse_existing(out)
+    job = make_job(sources, out, config)
+    say = say if ranks.is_main() else lambda message: None
+    open_folder(job, say)
     try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # what tokenizers raises is a bare Exception
-        raise ValueError(f"{path} is not a tokenizer.json: {error}") from None
-    added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
-    if tokenizer.token_to_id(eod) is None:
-        has = f"it has {', '.join(sorted(added)[:8])}" if added else "it has no special tokens"
-        raise ValueError(f"{path} has no token {eod!r} to end documents with; choose one with --eod ({has})")
-    # Special tokens spelled out in a text are encoded as the text that they are; an end of document above all.
-    tokenizer.encode_special_tokens = True
-    if eod in added and not added[eod].special:
-        tokenizer.add_special_tokens([AddedToken(eod, special=True)])
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
+        engine, done = work_until_done(job, say)
+    except (Exception, KeyboardInterrupt) as error:
+        kept = sum(len(finished(job.folder, name, True)) for name in ENGINES)
+        if not kept and ranks.world_size() == 1:
+            shutil.rmtree(job.folder)
+        if kept and isinstance(error, ValueError):
+            raise ValueError(
+                f"{error} ({kept} of {len(job.portions)} parts are done and kept in {job.folder})"
+            ) from None
+        raise
+    return finish(job, engine, done) if ranks.is_main() else None
 
 
-def _batches(documents: Iterable[Document], batch_characters: int) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    num_characters = 0
-    for document in documents:
-        batch.append(document)
-        num_characters += len(document[1])
-        if num_characters >= batch_characters:
-            yield batch
-            batch, num_characters = [], 0
-    if batch:
-        yield batch
+def open_folder(job: Job, say: Callable[[str], None]) -> None:
+    """The folder of the parts: one of an interrupted run where that had the same plan, or a new one."""
+    path, plan = job.folder / "plan.json", json.dumps(job.plan, indent=2)
+    while not ranks.is_main():
+        with contextlib.suppress(FileNotFoundError):
+            if path.read_text() == plan:
+                return
+        time.sleep(POLL_SECONDS)
+    if path.exists() and path.read_text() == plan:
+        say(f"continuing what lies in {job.folder}")
+        return
+    if job.folder.exists():
+        say(f"{job.folder} belongs to other inputs or options: starting anew")
+        shutil.rmtree(job.folder)
+    for listed in (account_path(job.out), skipped_path(job.out)):
+        pbin.refuse_existing(listed)
+    with pbin.write_beside(path) as file:
+        file.write(plan.encode())
 
 
-def train_tokenizer(documents: Iterable[Document], vocab_size: int, out: Path) -> None:
-    """Train a byte-level BPE with GPT-2's pre-tokenizer on `documents`, and write its `tokenizer.json` to `out`."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+def work_until_done(job: Job, say: Callable[[str], None]) -> tuple[str, dict[int, Done]]:
+    """Pack this rank's share and wait for the others'; the engine that it was done with, and the finished portions."""
+    switch = job.folder / "use_tokenizers"
+    chosen = choose_engine(job, say)
+    share = job.share(ranks.rank(), ranks.world_size())
+    while True:
+        engine = "tokenizers" if switch.exists() else chosen
+        done = finished(job.folder, engine, with_skips=job.config.on_error == "skip")
+        todo = [portion for portion in share if portion.number not in done]
+        # Where the folder is gone, the main rank has joined what lay in it.
+        if len(done) == len(job.portions) or not job.folder.exists():
+            return engine, done
+        if not todo:
+            time.sleep(POLL_SECONDS)
+            continue
+        try:
+            pack_portions(job, engine, todo)
+        except EnginesDiffer as difference:
+            switch.touch()
+            say(f"{difference}: packing from the start with tokenizers")
 
-    pbin.refuse_existing(out)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[EOD],
-        # All 256 bytes, so that any text can be encoded, whatever the corpus lacked.
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+
+# ----------------------------------------------------------------------------------------------------------------- work
+
+
+Reading = tuple[Portion, Chunk | None, Future[Encoded] | None]
+
+
+def pack_portions(job: Job, engine: str, portions: Sequence[Portion]) -> None:
+    """Pack `portions` into the files of this rank."""
+    from tqdm import tqdm
+
+    encode, switch = make_encode(job, engine), job.folder / "use_tokenizers"
+    waiting: deque[Reading] = deque()
+    size = sum(portion.end - portion.begin for portion in portions)
+    bar = tqdm(total=size, desc=job.out.name, unit="B", unit_scale=True, disable=None, leave=False)
+    stem = job.folder / f"{ranks.rank()}.{engine}"
+    with Writer(stem) as writer, bar, ThreadPoolExecutor(job.config.num_threads, "encode") as pool:
+
+        def take() -> None:
+            portion, chunk, encoded = waiting.popleft()
+            if encoded is not None:
+                write(job, writer, portion, chunk, encoded.result())
+                return
+            writer.finish(portion.number)
+            bar.update(portion.end - portion.begin)
+            if engine != "tokenizers" and switch.exists():
+                raise EnginesDiffer("fastokens gives other ids than tokenizers on another rank")
+
+        try:
+            for reading in read(portions, lambda chunk: pool.submit(encode, chunk)):
+                waiting.append(reading)
+                # Bounded: whatever is read and not written lies in memory.
+                while len(waiting) > 2 * job.config.num_threads:
+                    take()
+            while waiting:
+                take()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def read(portions: Sequence[Portion], submit: Callable[[Chunk], Future[Encoded]]) -> Iterator[Reading]:
+    """Every chunk with what will come of it, and each portion's end.
+
+    An error in reading comes in its turn, after what comes of the chunks before it.
+    """
+    for portion in portions:
+        try:
+            for chunk in portion.source.chunks(portion.begin, portion.end):
+                yield portion, chunk, submit(chunk)
+        except ValueError as error:
+            broken: Future[Encoded] = Future()
+            broken.set_exception(error)
+            yield portion, None, broken
+            return
+        yield portion, None, None
+
+
+def write(job: Job, writer: Writer, portion: Portion, chunk: Chunk | None, encoded: Encoded) -> None:
+    """Add an encoded chunk to the parts; raise at its first rejected document where that is to end the packing."""
+    assert chunk is not None
+    source, counts = portion.source, Counts(documents=len(chunk.items), packed=len(encoded.lengths))
+    if encoded.rejects and job.config.on_error == "fail":
+        before = source.lines_before(portion.begin) if isinstance(source, Lines) else 0
+        i, reject = encoded.rejects[0]
+        where = chunk.where(source.name, i, before)
+        raise ValueError(f"{where}: {reject}; mend it, or leave out such documents with --on-error skip")
+    counts.tokens = len(encoded.tokens)
+    counts.skipped.update(reject.reason for _, reject in encoded.rejects)
+    counts.lengths.update(np.frexp(encoded.lengths)[1].tolist())
+    skipped = b"".join(skipped_line(chunk.where(source.name, i), reject) for i, reject in encoded.rejects)
+    writer.add(encoded.tokens, encoded.lengths, skipped, counts)
+
+
+# --------------------------------------------------------------------------------------------------------------- finish
+
+
+def finish(job: Job, engine: str, done: dict[int, Done]) -> Account:
+    """Join the parts to `out`, beside its account and the list of what was skipped, and remove them."""
+    entries, total, facts = [done[portion.number] for portion in job.portions], Counts(), []
+    for source in job.sources:
+        documents = 0
+        for portion in job.portions:
+            if portion.source is source:
+                total.add(done[portion.number].counts)
+                documents += done[portion.number].counts.documents
+        facts.append(SourceFacts(**source.facts(), documents=documents))
+    account = Account(
+        documents=total.documents,
+        packed=total.packed,
+        skipped=dict(total.skipped),
+        tokens=total.tokens,
+        lengths={f"{2**k // 2}-{2**k - 1}": total.lengths[k] for k in sorted(total.lengths)},
+        field=job.config.field,
+        engine=engine,
+        tokenizer=TokenizerFacts(
+            path=str(job.spec.path),
+            sha256=job.spec.sha256,
+            vocab_size=job.spec.vocab_size,
+            eod=job.spec.eod,
+            special_tokens=job.config.special_tokens,
+        ),
+        sources=tuple(facts),
+        version=__version__,
     )
-    tokenizer.train_from_iterator((text for _, text in documents), trainer)
-    if tokenizer.get_vocab_size() != vocab_size:
-        raise ValueError(f"a vocabulary of {vocab_size:,} needs more text: this makes {tokenizer.get_vocab_size():,}")
-    with pbin.write_beside(out) as file:
-        file.write(tokenizer.to_str(pretty=True).encode())
+    if not account.packed:
+        shutil.rmtree(job.folder)
+        raise ValueError(f"no document to pack: {job.out} would be empty, and is not written")
+    # An earlier try may have come as far as these.
+    for path in (account_path(job.out), skipped_path(job.out)):
+        path.unlink(missing_ok=True)
+    if account.skipped:
+        list_skipped(job, done)
+    write_account(account, account_path(job.out))
+    join(entries, job.out, pbin.token_size(job.spec.vocab_size))
+    shutil.rmtree(job.folder)
+    return account
+
+
+def list_skipped(job: Job, done: dict[int, Done]) -> None:
+    """Write the list of skipped documents, numbered from the beginning of each source."""
+    before = 0
+    with pbin.write_beside(skipped_path(job.out)) as file:
+        for i, portion in enumerate(job.portions):
+            entry = done[portion.number]
+            if i and job.portions[i - 1].source is not portion.source:
+                before = 0
+            with entry.open("skipped") as part:
+                while part.tell() < entry.end["skipped"]:
+                    row = orjson.loads(part.readline())
+                    row["line" if "line" in row else "row"] += before
+                    file.write(orjson.dumps(row) + b"\n")
+            before += entry.counts.documents

@@ -6,13 +6,11 @@ from the start of the data segment. An `.idx` is such a list for the lines of a 
 the same bytes. Nothing here knows of text, tokenizers or training.
 """
 
-import io
-import itertools
 import os
 import pickle
 import secrets
 import struct
-from array import array
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,8 +20,10 @@ from typing import BinaryIO
 
 import numpy as np
 
-# Python 3.14 would write protocol 5; Modalities' files, and so ours, have 4 on every Python.
-PICKLE_PROTOCOL = 4
+from modalities.pairs import read_pairs, write_pairs
+
+HEADER = struct.Struct("<QI")
+MERGE_SHIFT = 12  # what Modalities' merge takes off the offsets of each further file
 
 
 def token_size(vocab_size: int) -> int:
@@ -72,32 +72,70 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_idx(path: Path, lines: Iterable[tuple[int, int]]) -> None:
-    """Write the `(byte offset, byte length)` of a JSONL file's lines; nothing is left behind where `lines` raises."""
+def write_idx(path: Path, pieces: Iterable[np.ndarray]) -> None:
+    """Write the `(byte offset, byte length)` of a JSONL file's lines, given in pieces, int64 [N, 2].
+
+    Nothing is left behind where `pieces` raises.
+    """
     with write_beside(path) as file:
-        pickle.dump(list(lines), file, protocol=PICKLE_PROTOCOL)
+        write_pairs(file, pieces)
+
+
+Append = Callable[..., None]
 
 
 @contextmanager
-def write_pbin(path: Path, vocab_size: int) -> Iterator[Callable[[np.ndarray], None]]:
-    """Yield `append(tokens)`, which adds one document (integers, [N]); the file appears when the block ends."""
+def write_pbin(path: Path, vocab_size: int) -> Iterator[Append]:
+    """Yield `append(tokens, lengths=None)`; the file appears when the block ends.
+
+    `tokens` are integers [N]: one document, or several one after another with their `lengths` [tokens], which may be 0.
+    """
     dtype = np.dtype(f"<u{token_size(vocab_size)}")
     largest = np.iinfo(dtype).max
-    lengths = array("q")
-    with write_beside(path) as file:
-        file.write(struct.pack("<QI", 0, dtype.itemsize))
+    num_bytes = 0
+    # The lengths wait in a file of their own: a billion documents do not fit into memory.
+    with write_beside(path) as file, tempfile.TemporaryFile(dir=path.parent) as waiting:
+        file.write(HEADER.pack(0, dtype.itemsize))
 
-        def append(tokens: np.ndarray) -> None:
-            if tokens.size and not 0 <= tokens.min() <= tokens.max() <= largest:
-                span = f"{tokens.min()} to {tokens.max()}"
-                raise ValueError(f"{path}: token ids of {span} do not fit a vocabulary of {vocab_size:,}")
-            lengths.append(file.write(tokens.astype(dtype).data))
+        def append(tokens: np.ndarray, lengths: np.ndarray | None = None) -> None:
+            nonlocal num_bytes
+            if tokens.dtype.itemsize > dtype.itemsize or tokens.dtype.kind != "u":
+                low, high = (tokens.min(), tokens.max()) if tokens.size else (0, 0)
+                if low < 0 or high > largest:
+                    raise ValueError(f"{path}: token ids of {low} to {high} do not fit a vocabulary of {vocab_size:,}")
+            num_bytes += file.write(np.ascontiguousarray(tokens, dtype).data)
+            lengths = np.array([tokens.size]) if lengths is None else lengths
+            assert lengths.sum() == tokens.size
+            waiting.write(lengths.astype("<i8").data)
 
         yield append
-        ends = list(itertools.accumulate(lengths, initial=0))
-        pickle.dump(list(zip(ends, lengths, strict=False)), file, protocol=PICKLE_PROTOCOL)
-        file.seek(0)
-        file.write(struct.pack("<Q", ends[-1]))
+        waiting.seek(0)
+        finish_pbin(file, num_bytes, dtype.itemsize, read_lengths(waiting))
+
+
+def finish_pbin(file: BinaryIO, num_bytes: int, itemsize: int, lengths: Iterable[np.ndarray]) -> None:
+    """Write the index and the header of a `.pbin` whose `num_bytes` of tokens stand behind the header's room.
+
+    `lengths`: the documents' lengths in tokens, in pieces, int64 [N].
+    """
+    file.seek(HEADER.size + num_bytes)
+    write_pairs(file, _pairs(lengths, itemsize))
+    file.seek(0)
+    file.write(HEADER.pack(num_bytes, itemsize))
+
+
+def read_lengths(file: BinaryIO, piece: int = 1 << 16) -> Iterator[np.ndarray]:
+    """The 8-byte numbers in `file` from where it stands, in pieces, int64 [N]."""
+    while data := file.read(8 * piece):
+        yield np.frombuffer(data, "<i8")
+
+
+def _pairs(lengths: Iterable[np.ndarray], itemsize: int) -> Iterator[np.ndarray]:
+    first = 0
+    for piece in lengths:
+        ends = first + np.cumsum(piece * itemsize)
+        yield np.stack((ends - piece * itemsize, piece * itemsize), 1)
+        first = int(ends[-1]) if len(ends) else first
 
 
 # ----------------------------------------------------------------------------------------------------------------- open
@@ -116,15 +154,46 @@ class Pbin:
     @cached_property
     def index(self) -> np.ndarray:
         """Byte offset (from the start of the data segment) and byte length of every document, int64 [N, 2]."""
-        with self.path.open("rb") as file:
-            file.seek(self.header_bytes + self.tokens.nbytes)
-            index = _load_pairs(file.read(), self.path)
-        # Modalities counted from the start of the file until June 2024.
-        if len(index) and index[0, 0] == self.header_bytes:
-            index[:, 0] -= self.header_bytes
-        _check_documents(index, self)
+        index = np.concatenate([np.empty((0, 2), np.int64), *self.index_pieces()])
         index.flags.writeable = False
         return index
+
+    def index_pieces(self) -> Iterator[np.ndarray]:
+        """The index in pieces, int64 [N, 2], for one that is larger than memory; `ValueError` where it is wrong.
+
+        Documents must be whole tokens, lie one after another and fill the data segment. Where a file was merged by
+        Modalities the offsets fall short by 12 bytes more with each further part; they are mended.
+        """
+        number = due = behind = 0
+        with self.path.open("rb") as file:
+            file.seek(self.header_bytes + self.tokens.nbytes)
+            num_bytes = os.fstat(file.fileno()).st_size - file.tell()
+            base = 0
+            for pairs in _readable(read_pairs(file, num_bytes), self.path):
+                # Modalities counted from the start of the file until June 2024.
+                if number == 0 and len(pairs) and pairs[0, 0] == self.header_bytes:
+                    base = self.header_bytes
+                pairs[:, 0] -= base
+                check_bounds(pairs, self.tokens.nbytes, self.path, number)
+                lengths = pairs[:, 1]
+                dues = due + np.cumsum(lengths) - lengths
+                steps = np.diff(dues - pairs[:, 0], prepend=behind)
+                wrong = np.flatnonzero((steps < 0) | (steps % MERGE_SHIFT != 0) | (lengths % self.tokens.itemsize != 0))
+                if wrong.size:
+                    offset, length = pairs[wrong[0]]
+                    found = f"document {number + wrong[0]} has {length:,} bytes from {offset:,}"
+                    raise self._misfit(found, f"byte {dues[wrong[0]]:,} and whole tokens are due")
+                if len(pairs):
+                    number, behind, due = number + len(pairs), int(dues[-1] - pairs[-1, 0]), int(dues[-1] + lengths[-1])
+                    pairs[:, 0] = dues
+                yield pairs
+        if due != self.tokens.nbytes:
+            raise self._misfit(f"the documents end at byte {due:,}", f"{self.tokens.nbytes:,} is due")
+
+    def _misfit(self, found: str, due: str) -> ValueError:
+        return ValueError(
+            f"{self.path}: the index does not fit the tokens: {found}, where {due}; make it again from its sources"
+        )
 
     @property
     def num_documents(self) -> int:
@@ -194,60 +263,31 @@ def _why_not_pbin(path: Path, head: bytes, num_bytes: int) -> str:
     return f"{path} is not a .pbin file; make one with `python prep.py pack`"
 
 
-def _check_documents(index: np.ndarray, pbin: Pbin) -> None:
-    """Documents must be whole tokens, lie one after another and fill the data segment."""
-    num_bytes, itemsize = pbin.tokens.nbytes, pbin.tokens.itemsize
-    _check_bounds(index, num_bytes, pbin.path)
-    offsets, lengths = index.T
-    due = np.concatenate(([0], offsets + lengths))
-    wrong = np.flatnonzero((due != np.append(offsets, num_bytes)) | (due % itemsize != 0))
-    if wrong.size:
-        i = int(wrong[0])
-        found = f"document {i} begins at byte {offsets[i]:,}" if i < len(offsets) else f"they end at {num_bytes:,}"
-        raise ValueError(
-            f"{pbin.path}: the index does not fit the tokens: {found}, where {due[i]:,} is due (Modalities' merge "
-            "writes such files); make it again from its sources"
-        )
-
-
 def read_idx(path: Path, jsonl: Path) -> np.ndarray:
     """Byte offset and byte length of every line of `jsonl` that the `.idx` at `path` lists, int64 [N, 2]."""
-    pairs = _load_pairs(path.read_bytes(), path)
-    _check_bounds(pairs, jsonl.stat().st_size, path)
+    with path.open("rb") as file:
+        pieces = [*_readable(read_pairs(file, os.fstat(file.fileno()).st_size), path)]
+    pairs = np.concatenate([np.empty((0, 2), np.int64), *pieces])
+    check_bounds(pairs, jsonl.stat().st_size, path)
     return pairs
 
 
-def _check_bounds(pairs: np.ndarray, num_bytes: int, path: Path) -> None:
+def check_bounds(pairs: np.ndarray, num_bytes: int, path: Path, first: int = 0) -> None:
+    """Raise `ValueError` for the first of `pairs` [N, 2] that does not lie within `num_bytes`."""
     offsets, lengths = pairs.T
     # Compared without a sum: the sum of two hostile numbers may wrap around.
     wrong = np.flatnonzero((offsets < 0) | (lengths < 0) | (offsets > num_bytes) | (lengths > num_bytes - offsets))
     if wrong.size:
         offset, length = pairs[wrong[0]]
         raise ValueError(
-            f"{path}: entry {wrong[0]} of the index, {length:,} bytes from byte {offset:,}, does not lie in its "
-            f"{num_bytes:,} bytes of data; make it again"
+            f"{path}: entry {first + wrong[0]} of the index, {length:,} bytes from byte {offset:,}, does not lie in "
+            f"its {num_bytes:,} bytes of data; make it again"
         )
 
 
-class _PairsUnpickler(pickle.Unpickler):
-    """Unpickles numbers and containers alone: an index needs no name, and a name is how a pickle runs code."""
-
-    def find_class(self, module: str, name: str) -> None:
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no index needs")
-
-    def persistent_load(self, pid: object) -> None:
-        raise pickle.UnpicklingError("it asks for an object of another file, which no index needs")
-
-
-def _load_pairs(pickled: bytes, path: Path) -> np.ndarray:
-    """The pickled list of pairs of integers as int64 [N, 2]; whatever else it holds is a `ValueError`."""
+def _readable(pieces: Iterator[np.ndarray], path: Path) -> Iterator[np.ndarray]:
+    """`pieces`, with a complaint that names the file."""
     try:
-        pairs = _PairsUnpickler(io.BytesIO(pickled)).load()
-    except Exception as error:  # a broken pickle raises almost anything
+        yield from pieces
+    except ValueError as error:
         raise ValueError(f"{path}: the index cannot be read ({error}); make it again") from None
-    # Types are checked one by one: numpy would turn "1", 1.5 or a nested list into some number or other.
-    if type(pairs) is list and all(type(pair) is tuple and len(pair) == 2 for pair in pairs):
-        numbers = list(itertools.chain.from_iterable(pairs))
-        if all(type(number) is int and -(2**63) <= number < 2**63 for number in numbers):
-            return np.array(numbers, dtype=np.int64).reshape(-1, 2)
-    raise ValueError(f"{path}: the index is not a list of (offset, length) pairs; make it again")

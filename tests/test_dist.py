@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from modalities import dist
+from modalities import dist, ranks
 
 
 def test_one_process_needs_no_process_group() -> None:
@@ -20,7 +20,7 @@ def test_one_process_needs_no_process_group() -> None:
 
 def talk(folder: Path) -> None:
     with dist.setup() as world:
-        assert (world.size, dist.world_size(), world.is_main, dist.is_main()) == (
+        assert (world.size, ranks.world_size(), world.is_main, ranks.is_main()) == (
             2,
             2,
             world.rank == 0,

@@ -1,14 +1,27 @@
-"""What is packed is what `tokenizers` gives, and decodes to the very texts that came in."""
+"""What is packed is what `tokenizers` gives, however it was cut, interrupted or shared out; every document counts."""
 
+import fcntl
+import gzip
 import inspect
 import json
 import os
+import subprocess
+import sys
 import textwrap
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
-from modalities import pack, pbin
+from modalities import pbin
+from modalities.account import Account, read_account
+from modalities.encode import PackConfig
+from modalities.pack import pack
+from modalities.sources import find_sources
+from modalities.tokenizer import EOD, train_tokenizer
 
 TEXTS = [
     "def f(x):\n    return x\n",
@@ -17,19 +30,43 @@ TEXTS = [
     "<|endoftext|>",
     " ",
     "long " * 5000,
+    *(f"document {i} of some more\n" * (i % 7 + 1) for i in range(200)),
 ]
-DOCUMENTS = [(f"line {i}", text) for i, text in enumerate(TEXTS, 1)]
-
-
-def fail(where: object, reason: str) -> None:
-    raise ValueError(f"{where}: {reason}")
 
 
 @pytest.fixture(scope="module")
 def bpe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    pack.train_tokenizer([(module, inspect.getsource(module)) for module in (inspect, json, textwrap)], 600, path)
+    train_tokenizer([inspect.getsource(module) for module in (inspect, json, textwrap)], 600, path)
     return path
+
+
+def write_docs(path: Path, texts: Sequence[str] = TEXTS) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def run(docs: Path, out: Path, tokenizer: Path, **changes: object) -> tuple[Account, list[str]]:
+    """The account of a packing, and what it said."""
+    said: list[str] = []
+    account = pack(find_sources([docs]), out, PackConfig(tokenizer=tokenizer, **changes), said.append)  # type: ignore[arg-type]
+    assert account is not None
+    assert account == read_account(out.with_name(f"{out.name}.json"))
+    return account, said
+
+
+def expected(texts: Sequence[str], tokenizer: Path) -> list[list[int]]:
+    """The ids of each text, by `tokenizers` alone."""
+    reference = Tokenizer.from_file(str(tokenizer))
+    reference.encode_special_tokens = True
+    end = reference.token_to_id(EOD)
+    assert end is not None
+    return [[*reference.encode(text).ids, end] for text in texts]
+
+
+def documents_of(path: Path) -> list[list[int]]:
+    opened = pbin.open_pbin(path)
+    return [opened.document(i).tolist() for i in range(opened.num_documents)]
 
 
 def word_level(path: Path, vocab: dict[str, int], special: bool = True, **changes: object) -> Path:
@@ -50,109 +87,273 @@ def word_level(path: Path, vocab: dict[str, int], special: bool = True, **change
     return path
 
 
-def test_trained_tokenizer_is_exact_and_lossless(bpe: Path) -> None:
-    tokenizer = pack.load_tokenizer(bpe, pack.EOD)
-    assert tokenizer.get_vocab_size() == 600
-    assert sorted(tokenizer.get_vocab().values()) == list(range(600))
-    assert tokenizer.token_to_id("<|endoftext|>") == 0
-    for text in [*TEXTS, "".join(map(chr, range(1, 0x3000)))]:
-        assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
+# ---------------------------------------------------------------------------------------------------------------- bytes
 
 
-def test_too_little_text_for_the_vocabulary(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="a vocabulary of 9,999 needs more text"):
-        pack.train_tokenizer([(1, "abc")], 9999, tmp_path / "tokenizer.json")
-    assert os.listdir(tmp_path) == []
+@pytest.mark.parametrize("engine", ["tokenizers", "fastokens", "auto"])
+def test_documents_are_their_tokens_and_decode_to_their_texts(bpe: Path, tmp_path: Path, engine: str) -> None:
+    account, said = run(write_docs(tmp_path / "a.jsonl"), tmp_path / "a.pbin", bpe, engine=engine)
+    documents = documents_of(tmp_path / "a.pbin")
+    assert documents == expected(TEXTS, bpe)
+    assert account.engine == ("tokenizers" if engine == "tokenizers" else "fastokens")
+    assert (account.packed, account.documents, account.tokens) == (len(TEXTS), len(TEXTS), sum(map(len, documents)))
+    binary_digits = Counter(len(document).bit_length() for document in documents)
+    assert account.lengths == {f"{2 ** (k - 1)}-{2**k - 1}": binary_digits[k] for k in sorted(binary_digits)}
+    tokenizer = Tokenizer.from_file(str(bpe))
+    for text, ids in zip(TEXTS, documents, strict=True):
+        assert tokenizer.decode(ids[:-1], skip_special_tokens=False) == text
+        assert 0 not in ids[:-1], "a literal <|endoftext|> became the end of a document"
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "a.pbin", "a.pbin.json"]
+    assert said == []
 
 
-def test_documents_decode_to_their_texts(bpe: Path, tmp_path: Path) -> None:
-    packed = pack.pack_documents(DOCUMENTS, bpe, tmp_path / "a.pbin", pack.EOD, fail)
-    opened = pbin.open_pbin(tmp_path / "a.pbin")
-    assert packed == (len(TEXTS), len(opened.tokens)) == (opened.num_documents, len(opened.tokens))
-    assert opened.tokens.dtype.itemsize == 2
-    tokenizer = pack.load_tokenizer(bpe, pack.EOD)
-    for i, text in enumerate(TEXTS):
-        *ids, last = opened.document(i).tolist()
-        assert ids == tokenizer.encode(text).ids
-        assert tokenizer.decode(ids, skip_special_tokens=False) == text
-        assert last == 0
-        assert 0 not in ids, "a literal <|endoftext|> became the end of a document"
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("portion_bytes", [1, 300, 5000, 1 << 30])
+def test_threads_and_portions_do_not_show(bpe: Path, tmp_path: Path, threads: int, portion_bytes: int) -> None:
+    docs = write_docs(tmp_path / "a.jsonl")
+    run(docs, tmp_path / "one.pbin", bpe, engine="tokenizers")
+    run(docs, tmp_path / "many.pbin", bpe, engine="fastokens", threads=threads, portion_bytes=portion_bytes)
+    assert (tmp_path / "many.pbin").read_bytes() == (tmp_path / "one.pbin").read_bytes()
 
 
-def test_batches_do_not_show(bpe: Path, tmp_path: Path) -> None:
-    pack.pack_documents(DOCUMENTS, bpe, tmp_path / "one.pbin", pack.EOD, fail)
-    pack.pack_documents(DOCUMENTS, bpe, tmp_path / "many.pbin", pack.EOD, fail, batch_characters=30)
-    assert (tmp_path / "one.pbin").read_bytes() == (tmp_path / "many.pbin").read_bytes()
+RANK = """
+import sys
+from pathlib import Path
+from modalities.encode import PackConfig
+from modalities.pack import pack
+from modalities.sources import find_sources
+docs, out, tokenizer = map(Path, sys.argv[1:])
+account = pack(find_sources([docs]), out, PackConfig(tokenizer=tokenizer, portion_bytes=900), print)
+assert account is None or account.packed
+"""
 
 
-def test_the_end_is_not_doubled(tmp_path: Path) -> None:
-    tokenizer = word_level(tmp_path / "t.json", {"a": 0, "b": 1})
-    packed = pack.pack_documents([(1, "a b"), (2, "b a")], tokenizer, tmp_path / "a.pbin", "b", fail)
-    assert packed.documents == 2
-    assert pbin.open_pbin(tmp_path / "a.pbin").tokens.tolist() == [0, 1, 1, 0, 1]
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_do_not_show(bpe: Path, tmp_path: Path, size: int) -> None:
+    docs = write_docs(tmp_path / "a.jsonl")
+    run(docs, tmp_path / "one.pbin", bpe)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(docs), str(tmp_path / "all.pbin"), str(bpe)],
+            env=os.environ | {"RANK": f"{rank}", "WORLD_SIZE": f"{size}", "LOCAL_WORLD_SIZE": f"{size}"},
+        )
+        for rank in range(size)
+    ]
+    assert [process.wait(60) for process in ranks] == [0] * size
+    for name in ("pbin", "pbin.json"):
+        assert (tmp_path / f"all.{name}").read_bytes() == (tmp_path / f"one.{name}").read_bytes()
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "all.pbin", "all.pbin.json", "one.pbin", "one.pbin.json"]
 
 
-def test_token_size_holds_the_largest_id_not_the_count(tmp_path: Path) -> None:
-    tokenizer = word_level(tmp_path / "t.json", {"a": 0, "<eod>": 300})
-    pack.pack_documents([(1, "a")], tokenizer, tmp_path / "a.pbin", "<eod>", fail)
-    opened = pbin.open_pbin(tmp_path / "a.pbin")
-    assert (opened.tokens.tolist(), opened.tokens.dtype.itemsize) == ([0, 300], 2)
+def test_special_tokens_in_a_text(bpe: Path, tmp_path: Path) -> None:
+    docs = write_docs(tmp_path / "a.jsonl", ["x<|endoftext|>y", "z<|endoftext|>", "<|endoftext|>"])
+    run(docs, tmp_path / "text.pbin", bpe)
+    assert [document.count(0) for document in documents_of(tmp_path / "text.pbin")] == [1, 1, 1]
+    run(docs, tmp_path / "parse.pbin", bpe, special_tokens="parse")
+    x, y, z = (Tokenizer.from_file(str(bpe)).encode(letter).ids for letter in "xyz")
+    assert documents_of(tmp_path / "parse.pbin") == [[*x, 0, *y, 0], [*z, 0], [0]], "an end is not doubled"
 
 
-@pytest.mark.parametrize("special", [True, False])
-def test_a_literal_end_stays_text_even_if_not_declared_special(tmp_path: Path, special: bool) -> None:
-    vocab = {"<": 0, ">": 1, "e": 2, "o": 3, "d": 4, "<eod>": 5}
-    tokenizer = word_level(tmp_path / "t.json", vocab, special)
-    pack.pack_documents([(1, "<eod>"), (2, "e")], tokenizer, tmp_path / "a.pbin", "<eod>", fail)
-    assert pbin.open_pbin(tmp_path / "a.pbin").tokens.tolist() == [0, 2, 3, 4, 1, 5, 2, 5]
+@pytest.mark.parametrize("engine", ["tokenizers", "auto"])
+def test_tokenizers_of_other_kinds(tmp_path: Path, engine: str) -> None:
+    cut = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+    filled: dict[str, object] = {"strategy": {"Fixed": 4}, "direction": "Right", "pad_to_multiple_of": None}
+    filled |= {"pad_id": 1, "pad_type_id": 0, "pad_token": "<eod>"}
+    letters = {"<": 0, ">": 1, "e": 2, "o": 3, "d": 4, "<eod>": 5}
+    for name, tokenizer, eod, texts, tokens in [
+        ("ends", word_level(tmp_path / "1.json", {"a": 0, "b": 1}), "b", ["a b", "b a"], [0, 1, 1, 0, 1]),
+        ("gap", word_level(tmp_path / "2.json", {"a": 0, "<eod>": 300}), "<eod>", ["a"], [0, 300]),
+        ("special", word_level(tmp_path / "3.json", letters), "<eod>", ["<eod>", "e"], [0, 2, 3, 4, 1, 5, 2, 5]),
+        ("plain", word_level(tmp_path / "4.json", letters, False), "<eod>", ["<eod>", "e"], [0, 2, 3, 4, 1, 5, 2, 5]),
+        ("whole", word_level(tmp_path / "5.json", {"a": 0, "<eod>": 1}, truncation=cut, padding=filled), "<eod>",
+         ["a", "a a a"], [0, 1, 0, 0, 0, 1]),
+    ]:  # fmt: skip
+        out = tmp_path / f"{name}.pbin"
+        _, said = run(write_docs(tmp_path / f"{name}.jsonl", texts), out, tokenizer, eod=eod, engine=engine)
+        # fastokens lacks this pre-tokenizer.
+        assert all("packing with tokenizers: fastokens cannot do" in line for line in said)
+        assert len(said) == (engine == "auto")
+        assert pbin.open_pbin(out).tokens.tolist() == tokens, name
 
 
-def test_truncation_and_padding_of_the_tokenizer_are_off(tmp_path: Path) -> None:
-    tokenizer = word_level(
-        tmp_path / "t.json",
-        {"a": 0, "<eod>": 1},
-        truncation={"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0},
-        padding={
-            "strategy": {"Fixed": 4},
-            "direction": "Right",
-            "pad_to_multiple_of": None,
-            "pad_id": 1,
-            "pad_type_id": 0,
-            "pad_token": "<eod>",
-        },
-    )
-    pack.pack_documents([(1, "a"), (2, "a a a")], tokenizer, tmp_path / "a.pbin", "<eod>", fail)
-    assert pbin.open_pbin(tmp_path / "a.pbin").tokens.tolist() == [0, 1, 0, 0, 0, 1]
+# -------------------------------------------------------------------------------------------------------------- account
+
+HOSTILE: list[tuple[bytes, str | None]] = [
+    (b'{"text": "good"}', None),
+    (b"", "blank line"),
+    (b" \t\r", "blank line"),
+    (b'{"text": "carriage return"}\r', None),
+    (b'\xef\xbb\xbf{"text": "byte order mark"}', None),
+    (b'{"text": "a NUL \\u0000"}', None),
+    (b'{"text": "a raw NUL \x00"}', "invalid JSON"),
+    (b"\x00" * 50, "invalid JSON"),
+    (b'{"text": "\xff"}', "invalid UTF-8"),
+    (b'{"text": "\xed\xa0\x80"}', "invalid UTF-8"),
+    (b'{"text": "\\ud800"}', "lone surrogate"),
+    (b'{"no": "text"}', "no field .text"),
+    (b'["text"]', "no field .text"),
+    (b'{"text": null}', "field .text is null"),
+    (b'{"text": 7}', "field .text is not a string"),
+    (b'{"text": ["a"]}', "field .text is not a string"),
+    (b'{"text": ""}', "empty text"),
+    (b'{"text": "first", "text": "last"}', None),
+    (b'{"deep": ' + b"[" * 900 + b"]" * 900 + b', "text": "deep"}', None),
+    (b'{"deep": ' + b"[" * 9000 + b"]" * 9000 + b', "text": "too deep"}', "nested too deep"),
+    (b'{"text": "half', "invalid JSON"),
+    (b'{"text": "two"} {"text": "documents"}', "invalid JSON"),
+    (b'{"big": 123456789012345678901234567890, "text": "big"}', None),
+    (b'{"text": "no newline"}', None),
+]
+
+
+@pytest.mark.parametrize("portion_bytes", [1, 64, 1 << 20])
+def test_every_document_is_packed_or_listed(bpe: Path, tmp_path: Path, portion_bytes: int) -> None:
+    docs, out = tmp_path / "a.jsonl", tmp_path / "a.pbin"
+    docs.write_bytes(b"\n".join(line for line, _ in HOSTILE))
+    account, _ = run(docs, out, bpe, on_error="skip", portion_bytes=portion_bytes)
+    good = [json.loads(line.removeprefix(b"\xef\xbb\xbf"))["text"] for line, reason in HOSTILE if reason is None]
+    assert documents_of(out) == expected(good, bpe)
+    assert (account.documents, account.packed) == (len(HOSTILE), len(good))
+    listed = [json.loads(line) for line in (tmp_path / "a.pbin.skipped.jsonl").read_text().splitlines()]
+    offset = 0
+    for number, (line, reason) in enumerate(HOSTILE, 1):
+        if reason is not None:
+            found = listed.pop(0)
+            assert found.pop("detail") is not None
+            assert found == {"file": str(docs), "line": number, "byte": offset, "reason": reason}
+        offset += len(line) + 1
+    assert not listed
+
+
+@pytest.mark.parametrize(("line", "reason"), [case for case in HOSTILE if case[1]])
+def test_the_first_bad_document_ends_the_packing(bpe: Path, tmp_path: Path, line: bytes, reason: str) -> None:
+    docs, out = tmp_path / "a.jsonl", tmp_path / "a.pbin"
+    docs.write_bytes(b'{"text": "one"}\n{"text": "two"}\n' + line + b"\n{}\n")
+    for portion_bytes in (1 << 20, 20):
+        with pytest.raises(ValueError, match="--on-error skip") as caught:
+            run(docs, out, bpe, portion_bytes=portion_bytes)
+        assert str(caught.value).startswith(f"{docs}, line 3 (byte 32): {reason}")
+        assert "\n" not in str(caught.value)
+        assert not out.exists()
 
 
 def test_a_text_without_tokens_is_rejected(tmp_path: Path) -> None:
     tokenizer = word_level(tmp_path / "t.json", {"a": 0, "<eod>": 1})
-    rejected = []
-    documents = [("line 1", "a"), ("line 2", " "), ("line 3", "a")]
-    packed = pack.pack_documents(documents, tokenizer, tmp_path / "a.pbin", "<eod>", lambda *r: rejected.append(r))
-    assert packed.documents == 2
-    assert rejected == [("line 2", "the tokenizer makes no token of the text")]
+    docs = write_docs(tmp_path / "a.jsonl", ["a", " ", "a"])
+    for engine in ("tokenizers", "auto"):
+        out = tmp_path / f"{engine}.pbin"
+        account, _ = run(docs, out, tokenizer, eod="<eod>", on_error="skip", engine=engine)
+        assert (account.packed, account.skipped) == (2, {"no token": 1})
+        assert documents_of(out) == [[0, 1], [0, 1]]
+        assert '"line":2' in out.with_name(f"{out.name}.skipped.jsonl").read_text()
 
 
-def test_nothing_to_pack(bpe: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no document to pack"):
-        pack.pack_documents([], bpe, tmp_path / "a.pbin", pack.EOD, fail)
-    assert os.listdir(tmp_path) == []
+def test_empty_files_and_nothing_to_pack(bpe: Path, tmp_path: Path) -> None:
+    (tmp_path / "1.jsonl").touch()
+    for on_error in ("fail", "skip"):
+        with pytest.raises(ValueError, match="no document to pack"):
+            run(tmp_path / "1.jsonl", tmp_path / "out.pbin", bpe, on_error=on_error)
+        assert os.listdir(tmp_path) == ["1.jsonl"]
+    write_docs(tmp_path / "2.jsonl", ["text"])
+    (tmp_path / "3.jsonl").touch()
+    account, _ = run(tmp_path, tmp_path.parent / f"{tmp_path.name}.pbin", bpe)
+    assert [(Path(source.name).name, source.documents) for source in account.sources] == [
+        ("1.jsonl", 0),
+        ("2.jsonl", 1),
+        ("3.jsonl", 0),
+    ]
 
 
-def test_bad_tokenizers(bpe: Path, tmp_path: Path) -> None:
-    (tmp_path / "broken.json").write_text("{}")
-    for path, eod, what in [
-        (tmp_path / "none.json", pack.EOD, "is missing"),
-        (tmp_path, pack.EOD, "is a folder"),
-        (tmp_path / "broken.json", pack.EOD, "is not a tokenizer.json"),
-        (bpe, "</s>", r"has no token '</s>' .* --eod \(it has <\|endoftext\|>\)"),
-    ]:
+def test_a_line_of_100_megabytes(bpe: Path, tmp_path: Path) -> None:
+    words = " some words of a text" * 1000
+    times = 100_000_000 // len(words)
+    write_docs(tmp_path / "a.jsonl", ["before", words * times, "after"])
+    account, _ = run(tmp_path / "a.jsonl", tmp_path / "a.pbin", bpe, engine="fastokens")
+    assert (account.documents, account.packed) == (3, 3)
+    opened = pbin.open_pbin(tmp_path / "a.pbin")
+    assert [opened.document(0).tolist(), opened.document(2).tolist()] == expected(["before", "after"], bpe)
+    # Where a text may be cut between words its tokens are those of its pieces.
+    (one,), (two,) = expected([words], bpe), expected([words * 2], bpe)
+    period = len(two) - len(one)
+    document = opened.document(1)
+    assert len(document) == len(one) + (times - 1) * period
+    assert document[: len(one) - 1].tolist() == one[:-1]
+    assert np.array_equal(document[period:-1], document[: -1 - period])
+
+
+# --------------------------------------------------------------------------------------------------------- interruption
+
+
+def test_an_interrupted_packing_goes_on_where_it_stopped(bpe: Path, tmp_path: Path) -> None:
+    docs, out, parts = tmp_path / "a.jsonl", tmp_path / "a.pbin", tmp_path / "a.pbin.parts"
+    with write_docs(docs).open("a") as file:
+        file.write("{}\n")
+    with pytest.raises(ValueError, match=r"no field \.text.*\d+ of \d+ parts are done and kept"):
+        run(docs, out, bpe, portion_bytes=1000, engine="tokenizers")
+    journal = (parts / "0.tokenizers.journal").read_text()
+    assert journal.count("\n") > 5
+    # The last line is bad, and may be left out: all that was done before stays.
+    account, said = run(docs, out, bpe, portion_bytes=1000, engine="tokenizers", on_error="skip")
+    assert said == [f"continuing what lies in {parts}"]
+    assert documents_of(out) == expected(TEXTS, bpe)
+    assert (account.documents, account.skipped) == (len(TEXTS) + 1, {"no field .text": 1})
+    assert not parts.exists()
+
+
+def interrupted(docs: Path, out: Path, bpe: Path, **changes: object) -> Path:
+    """The folder of parts of a packing that stopped shortly before its end."""
+    with docs.open("a") as file:
+        file.write("{}\n")
+    with pytest.raises(ValueError, match="are done and kept"):
+        run(docs, out, bpe, portion_bytes=1000, engine="tokenizers", **changes)
+    return out.with_name(f"{out.name}.parts")
+
+
+@pytest.mark.parametrize("kind", ["journal", "tokens", "lengths"])
+@pytest.mark.parametrize("left", [0.0, 0.3, 0.9, 0.99])
+def test_parts_that_a_crash_tore(bpe: Path, tmp_path: Path, kind: str, left: float) -> None:
+    docs, out = write_docs(tmp_path / "a.jsonl"), tmp_path / "a.pbin"
+    torn = interrupted(docs, out, bpe) / f"0.tokenizers.{kind}"
+    os.truncate(torn, int(left * torn.stat().st_size))
+    with torn.open("ab") as file:
+        file.write(b'{"half' if kind == "journal" else b"")
+    account, _ = run(docs, out, bpe, portion_bytes=1000, engine="tokenizers", on_error="skip")
+    assert documents_of(out) == expected(TEXTS, bpe)
+    assert account.packed == len(TEXTS)
+
+
+def test_parts_with_skipped_documents_are_not_kept_where_none_may_be(bpe: Path, tmp_path: Path) -> None:
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "1.jsonl").write_bytes(b"{}\n" + b'{"text": "one"}\n' * 50)
+    (docs / "2.jsonl.gz").write_bytes(gzip.compress(b'{"text": "two"}\n' * 50)[:-9])  # ends every packing
+    for on_error, what in [("skip", "2.jsonl.gz cannot be read"), ("fail", r"1.jsonl, line 1 \(byte 0\): no field")]:
         with pytest.raises(ValueError, match=what):
-            pack.pack_documents(DOCUMENTS, path, tmp_path / "a.pbin", eod, fail)
+            run(docs, tmp_path / "a.pbin", bpe, portion_bytes=100, on_error=on_error)
 
 
-def test_an_existing_target_is_refused_before_the_tokenizer_is_read(tmp_path: Path) -> None:
-    (tmp_path / "a.pbin").write_bytes(b"")
+def test_parts_of_other_inputs_are_not_used(bpe: Path, tmp_path: Path) -> None:
+    docs, out = write_docs(tmp_path / "a.jsonl"), tmp_path / "a.pbin"
+    parts = interrupted(docs, out, bpe)
+    write_docs(docs, ["another text"])
+    _, said = run(docs, out, bpe, portion_bytes=1000)
+    assert said == [f"{parts} belongs to other inputs or options: starting anew"]
+    assert documents_of(out) == expected(["another text"], bpe)
+
+
+def test_two_at_once_are_refused(bpe: Path, tmp_path: Path) -> None:
+    docs, out = write_docs(tmp_path / "a.jsonl"), tmp_path / "a.pbin"
+    parts = interrupted(docs, out, bpe)
+    with (parts / "0.tokenizers.journal").open("r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another process is packing into"):
+            run(docs, out, bpe, portion_bytes=1000, engine="tokenizers")
+
+
+@pytest.mark.parametrize("name", ["a.pbin", "a.pbin.json", "a.pbin.skipped.jsonl"])
+def test_what_exists_is_refused_before_any_work(bpe: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"a user's own")
     with pytest.raises(ValueError, match="exists already"):
-        pack.pack_documents(DOCUMENTS, tmp_path / "none.json", tmp_path / "a.pbin", pack.EOD, fail)
+        run(write_docs(tmp_path / "a.jsonl"), tmp_path / "a.pbin", bpe)
+    assert (tmp_path / name).read_bytes() == b"a user's own"
+    assert sorted(os.listdir(tmp_path)) == sorted(["a.jsonl", name])

@@ -69,7 +69,7 @@ def test_a_long_index_is_pickled_as_one_list(tmp_path: Path) -> None:
             append(np.array(document))
     assert (tmp_path / "a.pbin").read_bytes() == by_hand(documents, 1)
     pairs = [(3 * i, 2) for i in range(30_000)]
-    pbin.write_idx(tmp_path / "a.idx", pairs)
+    pbin.write_idx(tmp_path / "a.idx", [np.array(pairs)])
     assert (tmp_path / "a.idx").read_bytes() == pickle.dumps(pairs, protocol=4)
 
 
@@ -153,9 +153,9 @@ def test_a_pickle_runs_no_code(tmp_path: Path) -> None:
     (tmp_path / "a.pbin").write_bytes(with_index(pickled))
     (tmp_path / "a.idx").write_bytes(pickled)
     (tmp_path / "a.jsonl").write_bytes(bytes(6))
-    with pytest.raises(ValueError, match="asks for posix.system"):
+    with pytest.raises(ValueError, match="something else than pairs"):
         _ = pbin.open_pbin(tmp_path / "a.pbin").index
-    with pytest.raises(ValueError, match="asks for posix.system"):
+    with pytest.raises(ValueError, match="something else than pairs"):
         pbin.read_idx(tmp_path / "a.idx", tmp_path / "a.jsonl")
     assert not (tmp_path / "ran").exists()
 
@@ -195,7 +195,7 @@ def test_an_index_that_does_not_fit(tmp_path: Path, pairs: object) -> None:
 
 def test_idx_both_ways_and_its_bounds(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"{}\n[]\n")
-    pbin.write_idx(tmp_path / "a.idx", [(0, 2), (3, 2)])
+    pbin.write_idx(tmp_path / "a.idx", [np.array([(0, 2), (3, 2)])])
     assert (tmp_path / "a.idx").read_bytes() == pickle.dumps([(0, 2), (3, 2)], protocol=4)
     assert pbin.read_idx(tmp_path / "a.idx", tmp_path / "a.jsonl").tolist() == [[0, 2], [3, 2]]
     (tmp_path / "a.jsonl").write_bytes(b"{}\n[")

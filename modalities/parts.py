@@ -1,0 +1,187 @@
+"""The parts of a `.pbin` in the making: portions of it, finished one by one, that outlast an interruption.
+
+Each process appends to files of its own in `<out>.parts/`, and enters a portion into its journal once the portion is
+on the disk. What a journal tells of is done, whoever did it; `join` puts the portions in order. It knows no tokenizer.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from modalities import pbin
+from modalities.pbin import HEADER
+
+FILES = ("tokens", "lengths", "skipped", "journal")
+COPY_BYTES = 1 << 20
+
+
+@dataclass
+class Counts:
+    """What became of some documents."""
+
+    documents: int = 0
+    packed: int = 0
+    tokens: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    lengths: Counter[int] = field(default_factory=Counter)
+    """How many packed documents have 2^(k-1) … 2^k - 1 tokens, by k."""
+
+    def add(self, other: "Counts") -> None:
+        self.documents += other.documents
+        self.packed += other.packed
+        self.tokens += other.tokens
+        self.skipped.update(other.skipped)
+        self.lengths.update(other.lengths)
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished portion: its counts, and where it lies in the files that begin with `stem`."""
+
+    portion: int
+    stem: Path
+    begin: dict[str, int]
+    """Of its bytes in each file."""
+    end: dict[str, int]
+    counts: Counts
+
+    @contextlib.contextmanager
+    def open(self, kind: str) -> Iterator[BinaryIO]:
+        with path_of(self.stem, kind).open("rb") as file:
+            file.seek(self.begin[kind])
+            yield file
+
+    def num_bytes(self, kind: str) -> int:
+        return self.end[kind] - self.begin[kind]
+
+
+def path_of(stem: Path, kind: str) -> Path:
+    return stem.with_name(f"{stem.name}.{kind}")
+
+
+def finished(folder: Path, engine: str, with_skips: bool) -> dict[int, Done]:
+    """The portions that `engine` has finished in `folder`; those that skipped documents only where `with_skips`."""
+    done = {}
+    for journal in sorted(folder.glob(f"*.{engine}.journal")):
+        for entry in read_journal(journal.with_suffix("")):
+            if with_skips or not entry.counts.skipped:
+                done[entry.portion] = entry
+    return done
+
+
+def read_journal(stem: Path) -> list[Done]:
+    """The entries of a journal whose portions are on the disk; what a crash tore off at its end is left out."""
+    entries: list[Done] = []
+    with contextlib.suppress(FileNotFoundError):
+        sizes = {kind: path_of(stem, kind).stat().st_size for kind in FILES}
+        for line in path_of(stem, "journal").read_text().splitlines():
+            try:
+                entry = json.loads(line)
+                counts = Counts(**{**entry["counts"], "skipped": Counter(entry["counts"]["skipped"])})
+            except (ValueError, KeyError, TypeError):
+                break
+            counts.lengths = Counter({int(k): n for k, n in counts.lengths.items()})
+            done = Done(entry["portion"], stem, entry["begin"], entry["end"], counts)
+            if any(size < done.end.get(kind, 0) for kind, size in sizes.items()):
+                break
+            entries.append(done)
+    return entries
+
+
+class Writer:
+    """Appends portions to the files of one process; a context around its work."""
+
+    def __init__(self, stem: Path) -> None:
+        self.stem = stem
+        self.counts = Counts()
+        entries = read_journal(stem)
+        # Room for the header, so that tokens which lie in order need not be copied.
+        start = entries[-1].end if entries else {"tokens": HEADER.size, "lengths": 0, "skipped": 0}
+        self.begin = dict(start)
+        with contextlib.ExitStack() as stack:
+            for kind in FILES:
+                path_of(stem, kind).touch()
+            self.files = {kind: stack.enter_context(path_of(stem, kind).open("r+b")) for kind in FILES}
+            try:
+                fcntl.flock(self.files["journal"], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"another process is packing into {stem.parent}; wait for it, or stop it") from None
+            # Whatever follows the last whole entry is what a crash left.
+            for _ in entries:
+                self.files["journal"].readline()
+            for kind, file in self.files.items():
+                file.truncate(file.seek(start.get(kind, file.tell())))
+            self.stack = stack.pop_all()
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.stack.close()
+
+    def add(self, tokens: np.ndarray, lengths: np.ndarray, skipped: bytes, counts: Counts) -> None:
+        """Append documents, flat `tokens` [N] in the dtype of the file and `lengths` int64 [D], and skipped ones."""
+        self.files["tokens"].write(tokens.data)
+        self.files["lengths"].write(lengths.astype("<i8").data)
+        self.files["skipped"].write(skipped)
+        self.counts.add(counts)
+
+    def finish(self, portion: int) -> None:
+        """Enter what was added since the last call as `portion`."""
+        end = {kind: self.files[kind].tell() for kind in self.begin}
+        entry = {"portion": portion, "begin": self.begin, "end": end, "counts": vars(self.counts)}
+        self.files["journal"].write(json.dumps(entry).encode() + b"\n")
+        for file in self.files.values():  # the journal last
+            file.flush()
+            os.fsync(file.fileno())
+        self.begin, self.counts = end, Counts()
+
+
+def join(done: Sequence[Done], out: Path, itemsize: int) -> None:
+    """Make the portions `done`, in this order, the `.pbin` at `out`."""
+    lengths = _lengths(done)
+    num_bytes = sum(entry.num_bytes("tokens") for entry in done)
+    ends = [HEADER.size, *(entry.end["tokens"] for entry in done)]
+    in_order = all(e.stem == done[0].stem and e.begin["tokens"] == end for e, end in zip(done, ends, strict=False))
+    if not in_order:
+        with pbin.write_beside(out) as file:
+            file.write(bytes(HEADER.size))
+            for entry in done:
+                with entry.open("tokens") as source:
+                    copy(source, file, entry.num_bytes("tokens"))
+            pbin.finish_pbin(file, num_bytes, itemsize, lengths)
+        return
+    path = path_of(done[0].stem, "tokens")
+    with path.open("r+b", buffering=COPY_BYTES) as file:
+        pbin.finish_pbin(file, num_bytes, itemsize, lengths)
+        file.flush()
+        os.fsync(file.fileno())
+    pbin.refuse_existing(out)
+    path.rename(out)
+    pbin.fsync(out.parent)
+
+
+def copy(source: BinaryIO, target: BinaryIO, num_bytes: int) -> None:
+    """Copy `num_bytes` from where `source` stands."""
+    while num_bytes:
+        data = source.read(min(num_bytes, COPY_BYTES))
+        assert data, "a part is shorter than its journal tells"
+        num_bytes -= target.write(data)
+
+
+def _lengths(done: Sequence[Done]) -> Iterator[np.ndarray]:
+    for entry in done:
+        left = entry.num_bytes("lengths")
+        with entry.open("lengths") as file:
+            while left:
+                data = file.read(min(left, COPY_BYTES))
+                left -= len(data)
+                yield np.frombuffer(data, "<i8")
