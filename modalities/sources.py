@@ -148,7 +148,7 @@ def _lines(file: io.BufferedReader, num_bytes: int) -> list[bytes]:
     # readlines goes on until it has more bytes than it is told, and takes 0 for no bound.
     if num_bytes > 1:
         return file.readlines(num_bytes - 1)
-    line = file.readline() if num_bytes else b""
+    line = file.readline() if num_bytes == 1 else b""
     return [line] if line else []
 
 

@@ -1,0 +1,309 @@
+"""How fast documents become an index and tokens, and with how much memory, against bare engines and Modalities.
+
+    python benchmarks/prep.py index|pack|threads|memory [--megabytes 200] [--repeats 5] [--tokenizer tokenizer.json]
+
+Every figure is of a process of its own, without its imports; the contestants of a table take turns, and medians are
+shown. The corpus is made of the texts that lie on this machine. `--modalities DIR[:DIR]` names where Modalities' package
+and what it needs lie, to be measured beside ours.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+ENDINGS = {
+    ".py",
+    ".pyi",
+    ".md",
+    ".rst",
+    ".txt",
+    ".html",
+    ".h",
+    ".hpp",
+    ".c",
+    ".rs",
+    ".js",
+    ".ts",
+    ".css",
+    ".xml",
+    ".json",
+}
+TREES = (Path(sys.base_prefix), Path(sys.prefix), Path("/usr/share"), Path("/usr/include"), Path("/usr/lib"))
+
+
+# --------------------------------------------------------------------------------------------------------------- corpus
+
+
+def make_corpus(path: Path, num_bytes: int) -> None:
+    """JSONL of `num_bytes` from the text files of this machine, in documents of up to 8,000 characters."""
+    if path.exists() and abs(path.stat().st_size - num_bytes) < num_bytes / 100:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = 0
+    with path.open("wb") as file:
+        while written < num_bytes:  # again from the beginning, where the machine has too little
+            for text in machine_texts():
+                line = json.dumps({"text": text, "source": "this machine"}, ensure_ascii=False).encode() + b"\n"
+                written += file.write(line)
+                if written >= num_bytes:
+                    break
+
+
+def machine_texts() -> Iterator[str]:
+    for tree in TREES:
+        for folder, folders, names in os.walk(tree):
+            folders.sort()
+            for path in (Path(folder, name) for name in sorted(names)):
+                if path.suffix in ENDINGS and path.is_file() and not path.is_symlink():
+                    try:
+                        text = path.read_bytes()[:1_000_000].decode()
+                    except (UnicodeDecodeError, OSError):
+                        continue
+                    # Documents of many lengths, as a corpus has.
+                    size = 1000 + sum(path.name.encode()) * 37 % 7000
+                    yield from (text[i : i + size] for i in range(0, len(text), size) if text[i : i + size].strip())
+
+
+# --------------------------------------------------------------------------------------------------------- contestants
+
+
+def index(docs: Path, out: Path, **_: Any) -> Callable[[], object]:
+    from modalities.corpus import Tally, write_index
+
+    return lambda: write_index(docs, out, Tally())
+
+
+def index_modalities(docs: Path, out: Path, **_: Any) -> Callable[[], object]:
+    from modalities.dataloader.create_index import IndexGenerator  # type: ignore[import-not-found]
+
+    return lambda: IndexGenerator(docs).create_index(out)
+
+
+def pack(docs: Path, out: Path, tokenizer: Path, engine: str, threads: int, **_: Any) -> Callable[[], object]:
+    import fastokens
+    import tqdm
+
+    from modalities.encode import PackConfig
+    from modalities.pack import pack
+    from modalities.sources import find_sources
+
+    assert fastokens and tqdm  # imported before the clock starts
+    config = PackConfig(tokenizer=tokenizer, engine=engine, threads=threads)  # type: ignore[arg-type]
+    return lambda: pack(find_sources([docs]), out, config, print)
+
+
+def bare(docs: Path, tokenizer: Path, engine: str, threads: int, **_: Any) -> Callable[[], object]:
+    """The engine fed with texts from memory; what it returns is thrown away."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    os.environ |= {"FASTOKENS_BPE_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    import fastokens
+    import orjson
+    import tokenizers
+
+    texts = [orjson.loads(line)["text"] for line in docs.open("rb")]
+    batches = [texts[i : i + 250] for i in range(0, len(texts), 250)]
+
+    def run() -> None:
+        # Loaded within the time, as the packing does.
+        if engine == "fastokens":
+            fast = fastokens.Tokenizer.from_file(str(tokenizer))
+            encode: Callable[[list[str]], Any] = lambda batch: fast.encode_batch_flat(batch, split_special_tokens=True)
+        else:
+            reference = tokenizers.Tokenizer.from_file(str(tokenizer))
+            reference.encode_special_tokens = True
+            encode = reference.encode_batch_fast
+        with ThreadPoolExecutor(threads) as pool:
+            for _ in pool.map(encode, batches):
+                pass
+
+    return run
+
+
+def pack_modalities(docs: Path, out: Path, tokenizer: Path, **_: Any) -> Callable[[], object]:
+    from modalities.dataloader.create_index import IndexGenerator
+    from modalities.dataloader.create_packed_data import PackedDataGenerator  # type: ignore[import-not-found]
+    from modalities.tokenization.tokenizer_wrapper import PreTrainedHFTokenizer  # type: ignore[import-not-found]
+
+    folder = out.with_suffix(".tokenizer")
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_bytes(tokenizer.read_bytes())
+    special = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(special))
+    IndexGenerator(docs).create_index(out.with_suffix(".idx"))
+    generator = PackedDataGenerator(
+        docs,
+        tokenizer=PreTrainedHFTokenizer(str(folder)),
+        eod_token="<|endoftext|>",
+        number_of_processes=1,
+        jq_pattern=".text",
+        processing_batch_size=1000,
+        raw_samples_queue_size=300,
+        processed_samples_queue_size=300,
+        index_path=out.with_suffix(".idx"),
+    )
+    return lambda: generator.run(out)
+
+
+CONTESTANTS = {f.__name__: f for f in (index, index_modalities, pack, bare, pack_modalities)}
+
+
+# ------------------------------------------------------------------------------------------------------------ measuring
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of one run."""
+
+    cpu: float
+    """All threads and child processes [s]."""
+    wall: float
+    rss: float
+    """The largest of the process [MiB]."""
+
+
+def contest(name: str, arguments: dict[str, Any]) -> None:
+    """In a process of its own: set up, run, print the figures."""
+    import resource
+    import shutil
+    import tempfile
+    import time
+
+    def cpu() -> float:
+        return sum(
+            r.ru_utime + r.ru_stime for r in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        )
+
+    scratch = Path(tempfile.mkdtemp(dir=arguments["scratch"]))
+    paths = {key: Path(arguments[key]) for key in ("docs", "tokenizer") if key in arguments}
+    run = CONTESTANTS[name](**{**arguments, **paths, "out": scratch / "out.bin"})
+    began, clock = cpu(), time.perf_counter()
+    run()
+    figures = {"cpu": cpu() - began, "wall": time.perf_counter() - clock}
+    figures["rss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    shutil.rmtree(scratch)
+    print(f"\n{json.dumps(figures)}")
+
+
+def measure(
+    contestants: dict[str, tuple[str, dict[str, Any]]], repeats: int, path: str | None
+) -> dict[str, list[Figures]]:
+    """The figures of each, taken in turns."""
+    found: dict[str, list[Figures]] = {label: [] for label in contestants}
+    for _ in range(repeats):
+        for label, (name, arguments) in contestants.items():
+            environment = os.environ | {"PYTHONPATH": str(ROOT)}
+            if "modalities" in name:
+                assert path is not None
+                environment = os.environ | {"PYTHONPATH": path}
+            command = [sys.executable, __file__, "--contest", name, json.dumps(arguments)]
+            done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/")
+            if done.returncode:
+                sys.exit(f"{label} failed: {done.stderr[-2000:]}")
+            found[label].append(Figures(**json.loads(done.stdout.splitlines()[-1])))
+    return found
+
+
+def median(figures: list[Figures], key: str) -> float:
+    return statistics.median(getattr(figure, key) for figure in figures)
+
+
+def rates(title: str, found: dict[str, list[Figures]], megabytes: dict[str, float], key: str = "cpu") -> None:
+    """A table of MB/s (of CPU time, or of the clock's), and of ratios to the last contestant."""
+    unit = {"cpu": "MB/CPU-s", "wall": "MB/s"}[key]
+    *_, last = found
+    base = megabytes[last] / median(found[last], key)
+    print(f"\n| {title} | {unit}, median | least – most | of {last} |\n|---|---|---|---|")
+    for label, figures in found.items():
+        each = sorted(megabytes[label] / getattr(figure, key) for figure in figures)
+        rate = megabytes[label] / median(figures, key)
+        print(f"| {label} | {rate:,.1f} | {each[0]:,.1f} – {each[-1]:,.1f} | {rate / base:.2f}× |")
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+
+def main(
+    table: str,
+    /,
+    megabytes: int = 200,
+    slow_megabytes: int = 10,
+    repeats: int = 5,
+    tokenizer: Path = Path("data/demo/tokenizer.json"),
+    scratch: Path = Path("data/bench"),
+    modalities: str | None = None,
+) -> None:
+    """Print a table.
+
+    Args:
+        table: index, pack, slow, threads or memory.
+        megabytes: Size of the corpus.
+        slow_megabytes: Size of the corpus of the table "slow", where tokenizers and Modalities take part.
+        repeats: Runs of each contestant.
+        tokenizer: The tokenizer.json to pack with.
+        scratch: Where the corpus lies and is packed to.
+        modalities: Folders to import Modalities and what it needs from.
+    """
+    size = slow_megabytes if table == "slow" else 10 * megabytes if table == "memory" else megabytes
+    docs = (scratch / f"{size}.jsonl").absolute()
+    make_corpus(docs, size * 1_000_000)
+    common = {"docs": str(docs), "tokenizer": str(tokenizer.absolute()), "scratch": str(scratch.absolute())}
+
+    def packing(name: str, engine: str, threads: int = 1) -> tuple[str, dict[str, Any]]:
+        return name, common | {"engine": engine, "threads": threads}
+
+    contestants: dict[str, tuple[str, dict[str, Any]]] = {}
+    if table == "index":
+        contestants["prep.py index"] = ("index", common)
+        if modalities:
+            contestants["Modalities"] = ("index_modalities", common)
+    elif table == "pack":
+        contestants["prep.py pack, fastokens"] = packing("pack", "fastokens")
+        contestants["fastokens alone"] = packing("bare", "fastokens")
+    elif table == "slow":
+        contestants["prep.py pack, fastokens"] = packing("pack", "fastokens")
+        contestants["prep.py pack, tokenizers"] = packing("pack", "tokenizers")
+        if modalities:
+            contestants["Modalities"] = packing("pack_modalities", "tokenizers")
+        contestants["tokenizers alone"] = packing("bare", "tokenizers")
+    elif table == "threads":
+        contestants["prep.py pack, 2 threads"] = packing("pack", "fastokens", 2)
+        contestants["fastokens alone, 2 threads"] = packing("bare", "fastokens", 2)
+        contestants["fastokens alone, 1 thread"] = packing("bare", "fastokens", 1)
+        contestants["prep.py pack, 1 thread"] = packing("pack", "fastokens", 1)
+    elif table == "memory":
+        return memory(scratch, megabytes, common, repeats)
+    else:
+        raise ValueError(f"there is no table {table!r}; there are index, pack, slow, threads, memory")
+    found = measure(contestants, repeats, modalities)
+    text = docs.stat().st_size / 1e6
+    rates(f"{text:,.0f} MB of JSONL", found, dict.fromkeys(found, text), "wall" if table == "threads" else "cpu")
+
+
+def memory(scratch: Path, megabytes: int, common: dict[str, Any], repeats: int) -> None:
+    """The table of peak memory on a corpus and on one ten times as large."""
+    small = (scratch / f"{megabytes}.jsonl").absolute()
+    make_corpus(small, megabytes * 1_000_000)
+    print(f"\n| peak memory [MiB] | {megabytes} MB | {10 * megabytes:,} MB | ratio |\n|---|---|---|---|")
+    for label, name in (("prep.py index", "index"), ("prep.py pack, fastokens", "pack")):
+        options = common | {"engine": "fastokens", "threads": 2}
+        found = measure({"small": (name, options | {"docs": str(small)}), "large": (name, options)}, repeats, None)
+        a, b = median(found["small"], "rss"), median(found["large"], "rss")
+        print(f"| {label} | {a:,.0f} | {b:,.0f} | {b / a:.2f} |")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--contest"]:
+        contest(sys.argv[2], json.loads(sys.argv[3]))
+    else:
+        sys.path.insert(0, str(ROOT))
+        from modalities import cli
+
+        cli.run(lambda args: cli.call(main, args))
