@@ -3,6 +3,7 @@
 The modules that do the work are imported in the commands, so that `--help` need not wait for them.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -59,7 +60,7 @@ def pack(
     """
     from modalities.pack import PackConfig, pack
 
-    field = f'.["{column}"]' if column else field
+    field = f".[{json.dumps(column)}]" if column else field
     sources = find_inputs(docs, dataset, split, field)
     out = out or output_for([source.name for source in sources], ".pbin")
     config = PackConfig(

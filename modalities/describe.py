@@ -8,6 +8,7 @@ import numpy as np
 from modalities import files, histogram, pbin
 from modalities.masks import count_targets
 from modalities.pbin import Pbin
+from modalities.tokenizer import load
 
 
 class Lengths(NamedTuple):
@@ -33,7 +34,7 @@ def describe(
     if png is not None:
         pbin.refuse_existing(png)
     opened = pbin.open_pbin(path)
-    vocabulary = None if tokenizer is None else load_tokenizer(tokenizer)
+    vocabulary = None if tokenizer is None else load(tokenizer)
     if document is not None:
         lines = show_document(opened, document, tokenizer, vocabulary)
     if document is None or png is not None:
@@ -115,15 +116,3 @@ def show_document(opened: Pbin, number: int, path: Path | None, tokenizer: Any) 
     if unknown:
         raise ValueError(f"{path} does not know token {unknown[0]}; give the tokenizer that packed {opened.path}")
     return [head, tokenizer.decode(ids.tolist(), skip_special_tokens=False)]
-
-
-def load_tokenizer(path: Path) -> Any:
-    from tokenizers import Tokenizer
-
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "is missing"
-        raise ValueError(f"tokenizer {path} {what}; give a tokenizer.json")
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # what tokenizers raises is a bare Exception
-        raise ValueError(f"{path} is not a tokenizer.json: {error}") from None

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from modalities import __version__, pbin, ranks
+from modalities import __version__, ranks
 from modalities.corpus import OnError
 from modalities.fields import Reject, Select, make_select, texts_of
 from modalities.sources import PORTION_BYTES, Chunk, Source
@@ -156,7 +156,6 @@ def make_encode(job: Job, name: str) -> Callable[[Chunk], Encoded]:
     engine = ENGINES[name](job.spec, job.config.special_tokens)
     checked = job.config.engine == "auto" and name == "fastokens"
     reference = tokenizers_engine(job.spec, job.config.special_tokens) if checked else None
-    dtype = np.dtype(f"<u{pbin.token_size(job.spec.vocab_size)}")
 
     def encode(chunk: Chunk) -> Encoded:
         texts, rejects = texts_of(chunk.items, job.select, job.config.field)
@@ -170,6 +169,6 @@ def make_encode(job: Job, name: str) -> Callable[[Chunk], Encoded]:
             why = Reject("no token", "the tokenizer makes none of the text")
             rejects = sorted(rejects + [(int(i), why) for i in kept[lengths == 0]])
             lengths = lengths[lengths > 0]
-        return Encoded(tokens.astype(dtype), lengths, rejects)
+        return Encoded(tokens, lengths, rejects)
 
     return encode

@@ -216,7 +216,7 @@ def finish(job: Job, engine: str, done: dict[int, Done]) -> Account:
     if account.skipped:
         list_skipped(job, done)
     write_account(account, account_path(job.out))
-    join(entries, job.out, pbin.token_size(job.spec.vocab_size))
+    join(entries, job.out, job.spec.dtype.itemsize)
     shutil.rmtree(job.folder)
     return account
 

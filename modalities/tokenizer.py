@@ -5,7 +5,6 @@ An engine turns texts into token ids, each text ended by the end-of-document tok
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import orjson
 
 from modalities import pbin
 
@@ -22,7 +22,7 @@ SpecialTokens = Literal["text", "parse"]
 
 
 class Ids(NamedTuple):
-    """Documents as tokens: `tokens` uint32 [N], one document after another, and their `lengths` int64 [D]."""
+    """Documents as tokens: `tokens` [N] in the dtype of a file, one document after another; `lengths` int64 [D]."""
 
     tokens: np.ndarray
     lengths: np.ndarray
@@ -33,7 +33,7 @@ Engine = Callable[[Sequence[str]], Ids]
 
 @dataclass(frozen=True)
 class Spec:
-    """A `tokenizer.json` that ends every text with the end-of-document token, and leaves nothing out."""
+    """A `tokenizer.json` that leaves nothing out and adds nothing but what its own post-processor does."""
 
     path: Path
     sha256: str
@@ -44,65 +44,47 @@ class Spec:
     vocab_size: int
     """The largest id + 1: ids may leave gaps."""
 
+    @property
+    def dtype(self) -> np.dtype:
+        """Of a token in a file."""
+        return np.dtype(f"<u{pbin.token_size(self.vocab_size)}")
+
 
 def read_spec(path: Path, eod: str) -> Spec:
     """Read and check `path`; `ValueError` if it is no tokenizer, or has no token `eod`."""
-    if not path.is_file():
-        raise ValueError(f"tokenizer {path} {'is a folder' if path.is_dir() else 'is missing'}; give a tokenizer.json")
-    content = path.read_bytes()
-    tokenizer = _load(content, path)
+    tokenizer = load(path)
     eod_id = tokenizer.token_to_id(eod)
     if eod_id is None:
         added = sorted(token.content for token in tokenizer.get_added_tokens_decoder().values())
         has = f"it has {', '.join(added[:8])}" if added else "it has no special tokens"
         raise ValueError(f"{path} has no token {eod!r} to end documents with; choose one with --eod ({has})")
-    spec = json.loads(content) | {"truncation": None, "padding": None}
+    content = path.read_bytes()
+    spec = orjson.loads(content) | {"truncation": None, "padding": None}
     for token in spec.get("added_tokens", []):
         # A special token spelled out in a text is text, unless asked for; an end of document above all.
         token["special"] = token["special"] or token["content"] == eod
-    spec["post_processor"] = _ending(spec.get("post_processor"), eod, eod_id)
     vocab_size = max(tokenizer.get_vocab().values()) + 1
-    return Spec(path, hashlib.sha256(content).hexdigest(), json.dumps(spec), eod, eod_id, vocab_size)
+    return Spec(path, hashlib.sha256(content).hexdigest(), orjson.dumps(spec).decode(), eod, eod_id, vocab_size)
 
 
 def token_id(path: Path, token: str) -> int:
     """The id of `token` in the `tokenizer.json` at `path`."""
-    if not path.is_file():
-        raise ValueError(f"tokenizer {path} is missing; give a tokenizer.json")
-    found = _load(path.read_bytes(), path).token_to_id(token)
+    found = load(path).token_to_id(token)
     if found is None:
         raise ValueError(f"{path} has no token {token!r}")
     return found
 
 
-def _load(content: bytes, path: Path) -> Any:
+def load(path: Path) -> Any:
+    """The `tokenizers.Tokenizer` at `path`; `ValueError` if it is none."""
     from tokenizers import Tokenizer
 
+    if not path.is_file():
+        raise ValueError(f"tokenizer {path} {'is a folder' if path.is_dir() else 'is missing'}; give a tokenizer.json")
     try:
-        return Tokenizer.from_buffer(content)
+        return Tokenizer.from_buffer(path.read_bytes())
     except Exception as error:  # what tokenizers raises is a bare Exception
         raise ValueError(f"{path} is not a tokenizer.json: {error}") from None
-
-
-def _ending(before: dict[str, Any] | None, eod: str, eod_id: int) -> dict[str, Any]:
-    """The post-processor that puts `eod` after what the one `before` makes of a text."""
-    text, end = {"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": eod, "type_id": 0}}
-    ending: dict[str, Any] = {
-        "type": "TemplateProcessing",
-        "single": [text, end],
-        "pair": [text, {"Sequence": {"id": "B", "type_id": 0}}, end],
-        "special_tokens": {eod: {"id": eod, "ids": [eod_id], "tokens": [eod]}},
-    }
-    steps = (before["processors"] if before["type"] == "Sequence" else [before]) if before else []
-    steps = [step for step in steps if step["type"] != "ByteLevel"]  # that one only trims offsets
-    if steps and steps[-1]["type"] == "TemplateProcessing":
-        # Both in one: `tokenizers` takes what a template joins for texts of their own, and panics at the third.
-        *steps, template = steps
-        pieces = template["single"]
-        if pieces and pieces[-1].get("SpecialToken", {}).get("id") == eod:
-            pieces = pieces[:-1]
-        ending |= {"single": [*pieces, end], "special_tokens": template["special_tokens"] | ending["special_tokens"]}
-    return {"type": "Sequence", "processors": [*steps, ending]} if steps else ending
 
 
 # -------------------------------------------------------------------------------------------------------------- engines
@@ -112,14 +94,16 @@ def tokenizers_engine(spec: Spec, special: SpecialTokens) -> Engine:
     """Hugging Face's `tokenizers`, in the thread that calls it."""
     # Its own threads would compete with the callers'. It reads this when it encodes.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    tokenizer = _load(spec.json.encode(), spec.path)
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(spec.json)
     tokenizer.encode_special_tokens = special == "text"
 
     def encode(texts: Sequence[str]) -> Ids:
         # It hands out no array: each document is a list for as long as it takes to copy it.
         ids = [np.array(encoding.ids, np.uint32) for encoding in tokenizer.encode_batch_fast(texts)]
         tokens = np.concatenate([np.empty(0, np.uint32), *ids])
-        return _ended_once(tokens, np.array([len(document) for document in ids], np.int64), spec.eod_id)
+        return _ended(tokens, np.cumsum([0, *map(len, ids)]), spec)
 
     return encode
 
@@ -140,17 +124,24 @@ def fastokens_engine(spec: Spec, special: SpecialTokens) -> Engine:
         tokens, ends = tokenizer.encode_batch_flat(
             list(texts), add_special_tokens=True, split_special_tokens=special == "text"
         )
-        lengths = np.diff(np.frombuffer(ends, np.uint64).astype(np.int64))
-        return _ended_once(np.frombuffer(tokens, np.uint32), lengths, spec.eod_id)
+        return _ended(np.frombuffer(tokens, np.uint32), np.frombuffer(ends, np.int64), spec)
 
     return encode
 
 
-def _ended_once(tokens: np.ndarray, lengths: np.ndarray, eod_id: int) -> Ids:
-    """The same documents without a second end-of-document token; one that has no other token becomes empty."""
-    last = np.cumsum(lengths) - 1
-    extra = (lengths == 1) | (tokens[np.maximum(last - 1, 0)] == eod_id)
-    return Ids(np.delete(tokens, last[extra]), lengths - extra) if extra.any() else Ids(tokens, lengths)
+def _ended(tokens: np.ndarray, bounds: np.ndarray, spec: Spec) -> Ids:
+    """The documents between `bounds`, int64 [D + 1], each with the end-of-document token if it lacks that.
+
+    One that has no token stays empty.
+    """
+    lengths = np.diff(bounds)
+    lacking = lengths > 0
+    lacking[lacking] = tokens[bounds[1:][lacking] - 1] != spec.eod_id
+    ended = np.full(len(tokens) + lacking.sum(), spec.eod_id, spec.dtype)
+    to = bounds[:-1] + np.cumsum(lacking) - lacking
+    for begin, end, at in np.stack((bounds[:-1], bounds[1:], to), 1).tolist():
+        ended[at : at + end - begin] = tokens[begin:end]
+    return Ids(ended, lengths + lacking)
 
 
 def disagreement(engine: Engine, reference: Engine, texts: Sequence[str]) -> int | None:

@@ -176,6 +176,38 @@ def test_tokenizers_of_other_kinds(tmp_path: Path, engine: str) -> None:
         assert pbin.open_pbin(out).tokens.tolist() == tokens, name
 
 
+def split_by_white_space(path: Path) -> Path:
+    """A tokenizer.json whose white space is not the same to both engines: U+180E is some to fastokens alone."""
+    split = {"type": "Split", "pattern": {"Regex": r"\s+"}, "behavior": "Removed", "invert": False}
+    vocab = {"a": 0, "<unk>": 1, "\u180e": 2, "<eod>": 3}
+    model = {"type": "BPE", "unk_token": "<unk>", "merges": [], "vocab": vocab}
+    return word_level(path, {"<eod>": 3}, pre_tokenizer=split, model=model)
+
+
+@pytest.mark.parametrize(
+    ("portion_bytes", "at", "seen"),
+    [
+        (1 << 20, 17, True),  # of the first 1,000
+        (1 << 20, 2000, True),  # 1 of 1,000 after that
+        (1 << 20, 2001, False),
+        (9600, 1200, True),  # a line has 16 bytes: the first of the third portion, in which numbers begin anew
+        (9600, 1201, False),
+    ],
+)
+def test_auto_finds_where_the_engines_differ(tmp_path: Path, portion_bytes: int, at: int, seen: bool) -> None:
+    tokenizer = split_by_white_space(tmp_path / "t.json")
+    texts = ["a a"] * 2500
+    texts[at] = "a\u180ea"
+    docs = write_docs(tmp_path / "a.jsonl", texts)
+    account, said = run(docs, tmp_path / "a.pbin", tokenizer, eod="<eod>", portion_bytes=portion_bytes)
+    assert account.engine == ("tokenizers" if seen else "fastokens")
+    assert ["fastokens gives other ids" in line for line in said] == [True] * seen
+    documents = documents_of(tmp_path / "a.pbin")
+    assert documents[at] == ([0, 2, 0, 3] if seen else [0, 0, 3])
+    assert documents[:at] + documents[at + 1 :] == [[0, 0, 3]] * 2499
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "a.pbin", "a.pbin.json", "t.json"]
+
+
 # -------------------------------------------------------------------------------------------------------------- account
 
 HOSTILE: list[tuple[bytes, str | None]] = [

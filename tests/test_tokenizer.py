@@ -101,7 +101,7 @@ def engines(path: Path, special: SpecialTokens = "text", eod: str = EOD) -> list
 
 
 def documents(ids: Ids) -> list[list[int]]:
-    assert ids.tokens.dtype == np.uint32 and ids.lengths.dtype == np.int64
+    assert ids.tokens.dtype in ("<u1", "<u2", "<u4") and ids.lengths.dtype == np.int64
     assert ids.lengths.sum() == len(ids.tokens)
     return [document.tolist() for document in np.split(ids.tokens, np.cumsum(ids.lengths))[:-1]]
 

@@ -1,10 +1,10 @@
 """How fast documents become an index and tokens, and with how much memory, against bare engines and Modalities.
 
-    python benchmarks/prep.py index|pack|threads|memory [--megabytes 200] [--repeats 5] [--tokenizer tokenizer.json]
+    python benchmarks/documents.py index|pack|threads|memory [--megabytes 200] [--repeats 5] [--tokenizer tokenizer.json]
 
 Every figure is of a process of its own, without its imports; the contestants of a table take turns, and medians are
-shown. The corpus is made of the texts that lie on this machine. `--modalities DIR[:DIR]` names where Modalities' package
-and what it needs lie, to be measured beside ours.
+shown. The corpus is made of the texts that lie on this machine. `--modalities DIR[:DIR]` names where Modalities'
+package and what it needs lie, to be measured beside ours.
 """
 
 import json
@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ def bare(docs: Path, tokenizer: Path, engine: str, threads: int, **_: Any) -> Ca
         # Loaded within the time, as the packing does.
         if engine == "fastokens":
             fast = fastokens.Tokenizer.from_file(str(tokenizer))
-            encode: Callable[[list[str]], Any] = lambda batch: fast.encode_batch_flat(batch, split_special_tokens=True)
+            encode: Callable[..., Any] = partial(fast.encode_batch_flat, split_special_tokens=True)
         else:
             reference = tokenizers.Tokenizer.from_file(str(tokenizer))
             reference.encode_special_tokens = True
@@ -152,7 +153,9 @@ def pack_modalities(docs: Path, out: Path, tokenizer: Path, **_: Any) -> Callabl
     return lambda: generator.run(out)
 
 
-CONTESTANTS = {f.__name__: f for f in (index, index_modalities, pack, bare, pack_modalities)}
+CONTESTANTS: dict[str, Callable[..., Callable[[], object]]] = {
+    f.__name__: f for f in (index, index_modalities, pack, bare, pack_modalities)
+}
 
 
 # ------------------------------------------------------------------------------------------------------------ measuring
@@ -182,8 +185,8 @@ def contest(name: str, arguments: dict[str, Any]) -> None:
         )
 
     scratch = Path(tempfile.mkdtemp(dir=arguments["scratch"]))
-    paths = {key: Path(arguments[key]) for key in ("docs", "tokenizer") if key in arguments}
-    run = CONTESTANTS[name](**{**arguments, **paths, "out": scratch / "out.bin"})
+    paths = {key: Path(arguments[key]) for key in ("docs", "tokenizer")} | {"out": scratch / "out.bin"}
+    run = CONTESTANTS[name](**(arguments | paths))
     began, clock = cpu(), time.perf_counter()
     run()
     figures = {"cpu": cpu() - began, "wall": time.perf_counter() - clock}
