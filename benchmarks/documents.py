@@ -1,6 +1,6 @@
 """How fast documents become an index and tokens, and with how much memory, against bare engines and Modalities.
 
-    python benchmarks/documents.py index|pack|threads|memory [--megabytes 200] [--repeats 5] [--tokenizer tokenizer.json]
+    python benchmarks/documents.py index|pack|slow|threads|memory [--megabytes 200] [--tokenizer tokenizer.json]
 
 Every figure is of a process of its own, without its imports; the contestants of a table take turns, and medians are
 shown. The corpus is made of the texts that lie on this machine. `--modalities DIR[:DIR]` names where Modalities'

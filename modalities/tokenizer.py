@@ -4,6 +4,7 @@ An engine turns texts into token ids, each text ended by the end-of-document tok
 `fastokens` is some fifty times faster, and `disagreement` says whether its ids are the same.
 """
 
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -90,6 +91,7 @@ def load(path: Path) -> Any:
 # -------------------------------------------------------------------------------------------------------------- engines
 
 
+@functools.lru_cache(1)  # loading takes a while, and it is asked for to check and to pack
 def tokenizers_engine(spec: Spec, special: SpecialTokens) -> Engine:
     """Hugging Face's `tokenizers`, in the thread that calls it."""
     # Its own threads would compete with the callers'. It reads this when it encodes.
@@ -108,6 +110,7 @@ def tokenizers_engine(spec: Spec, special: SpecialTokens) -> Engine:
     return encode
 
 
+@functools.lru_cache(1)
 def fastokens_engine(spec: Spec, special: SpecialTokens) -> Engine:
     """`fastokens`, in the thread that calls it; `ValueError` if it is not installed or cannot do this tokenizer."""
     os.environ["FASTOKENS_BPE_THREADS"] = "1"  # read when it is loaded
