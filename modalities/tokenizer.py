@@ -7,6 +7,7 @@ An engine turns texts into token ids, each text ended by the end-of-document tok
 import functools
 import hashlib
 import os
+from array import array
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,10 +103,11 @@ def tokenizers_engine(spec: Spec, special: SpecialTokens) -> Engine:
     tokenizer.encode_special_tokens = special == "text"
 
     def encode(texts: Sequence[str]) -> Ids:
-        # It hands out no array: each document is a list for as long as it takes to copy it.
-        ids = [np.array(encoding.ids, np.uint32) for encoding in tokenizer.encode_batch_fast(texts)]
-        tokens = np.concatenate([np.empty(0, np.uint32), *ids])
-        return _ended(tokens, np.cumsum([0, *map(len, ids)]), spec)
+        tokens, bounds = array("I"), [0]
+        for encoding in tokenizer.encode_batch_fast(texts):
+            tokens.fromlist(encoding.ids)  # it hands out nothing but a list
+            bounds.append(len(tokens))
+        return _ended(np.frombuffer(tokens, np.uint32), np.array(bounds), spec)
 
     return encode
 
