@@ -1,6 +1,5 @@
 """What is learnt of a conversation is what the assistant says, to the token; its text is that of `transformers`."""
 
-import importlib.util
 import inspect
 import itertools
 import json
@@ -17,10 +16,6 @@ from tokenizers import Tokenizer, models, processors
 from modalities import chat, pbin
 from modalities.fields import Reject
 from modalities.tokenizer import EOD, train_tokenizer
-
-needs_transformers = pytest.mark.skipif(
-    importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
-)
 
 SPECIAL = (
     *(EOD, "<|im_start|>", "<|im_end|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>"),
@@ -573,7 +568,6 @@ def reference(tokenizer: Path) -> Any:
     return PreTrainedTokenizerFast(tokenizer_file=str(tokenizer), chat_template=template, **tokens)
 
 
-@needs_transformers
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_transformers_writes_the_same_text(bpe: Path, tmp_path: Path, name: str) -> None:
     tokenizer = save(tmp_path, bpe, name)
@@ -585,7 +579,6 @@ def test_transformers_writes_the_same_text(bpe: Path, tmp_path: Path, name: str)
         assert template._write(variables, add_generation_prompt=True) == prompt
 
 
-@needs_transformers
 def test_transformers_gives_a_template_the_same(bpe: Path, tmp_path: Path) -> None:
     tokenizer = save(tmp_path, bpe, "", EVERYTHING)
     messages, tools = WITH_TOOLS["messages"], WITH_TOOLS["tools"]
@@ -593,7 +586,6 @@ def test_transformers_gives_a_template_the_same(bpe: Path, tmp_path: Path) -> No
     assert chat.load_template(tokenizer)._write(chat.read_conversation(WITH_TOOLS)) == due
 
 
-@needs_transformers
 def test_transformers_makes_the_same_tokens_and_mask(bpe: Path, tmp_path: Path) -> None:
     tokenizer = save(tmp_path, bpe, "generation")
     theirs, out = reference(tokenizer), tmp_path / "chat.pbin"

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from words import write_disagreeing, write_words
 
 from modalities.tokenizer import (
     EOD,
@@ -55,36 +56,6 @@ def bpe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     train_tokenizer(CODE.splitlines(), 600, path)
     return path
-
-
-def write_words(path: Path, vocab: dict[str, int], special: bool = True, **changes: Any) -> Path:
-    """A tokenizer.json that gives each word of one letter in `vocab` its id, and nothing for other words."""
-    added = {"content": "<eod>", "special": special, "single_word": False, "lstrip": False, "rstrip": False}
-    spec = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [{"id": vocab["<eod>"], "normalized": False, **added}] if "<eod>" in vocab else [],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "Split", "pattern": {"String": " "}, "behavior": "Removed", "invert": False},
-        "post_processor": None,
-        "decoder": None,
-        "model": {"type": "BPE", "vocab": vocab, "merges": []},
-    }
-    path.write_text(json.dumps(spec | changes))
-    return path
-
-
-def write_disagreeing(path: Path) -> Path:
-    """A tokenizer.json, ended by "<eod>", of which fastokens makes other ids where a text holds U+180E.
-
-    To `tokenizers` (Oniguruma) the Mongolian vowel separator is no white space, as Unicode has had it since 6.3; to
-    fastokens (PCRE2) it is.
-    """
-    white = {"type": "Split", "pattern": {"Regex": r"\s+"}, "behavior": "Removed", "invert": False}
-    vocab = {"a": 0, "<unk>": 1, "\u180e": 2, "<eod>": 3}
-    model = {"type": "BPE", "unk_token": "<unk>", "vocab": vocab, "merges": []}
-    return write_words(path, vocab, pre_tokenizer=white, model=model)
 
 
 def write_changed(source: Path, path: Path, change: Callable[[Any], object]) -> Path:
