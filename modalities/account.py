@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modalities import pbin
-from modalities.config import from_dict, to_dict
+from modalities.config import from_dict, printable, to_dict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +58,15 @@ class Account:
     """Of this package."""
 
     def __post_init__(self) -> None:
+        by_source = [source.documents for source in self.sources]
+        totals = self.documents, self.packed, self.tokens
+        for count in (*totals, *self.skipped.values(), *self.lengths.values(), *by_source):
+            if not 0 <= count < 2**63:
+                raise ValueError(f"a count is {printable(repr(count))}, but counts go from 0 to 2^63 - 1")
         for what, found, due in (
             ("packed + skipped", self.packed + sum(self.skipped.values()), self.documents),
             ("the sum of lengths", sum(self.lengths.values()), self.packed),
-            ("the sum over sources", sum(source.documents for source in self.sources), self.documents),
+            ("the sum over sources", sum(by_source), self.documents),
         ):
             if found != due:
                 raise ValueError(f"{what} is {found:,}, where {due:,} documents are due")
@@ -79,9 +84,10 @@ class Account:
 
     def origin(self) -> str:
         """Where a packed file came from, in a line."""
-        names = ", ".join(source.name for source in self.sources[:3]) + (", …" if len(self.sources) > 3 else "")
+        names = ", ".join(printable(source.name) for source in self.sources[:3]) + ", …" * (len(self.sources) > 3)
+        field, path, eod = map(printable, (self.field, self.tokenizer.path, self.tokenizer.eod))
         return (
-            f"packed from {names} ({self.field}) with {self.tokenizer.path}, {self.tokenizer.eod} at the end of each "
+            f"packed from {names} ({field}) with {path}, {eod} at the end of each "
             f"document: {self.documents:,} documents in, {sum(self.skipped.values()):,} skipped"
         )
 

@@ -1,11 +1,17 @@
 """Frozen dataclasses to JSON and back, with errors that name the field. It knows no particular config."""
 
 import dataclasses
+import functools
+import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+
+LONGEST = 200  # characters of a file that an error repeats
+# It is slow, and a file may hold a hundred thousand of one class.
+hints_of: Callable[[Any], dict[str, Any]] = functools.cache(get_type_hints)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -22,13 +28,13 @@ def _plain(value: Any) -> Any:
 def from_dict(cls: type[T], values: Any, where: str = "") -> T:
     """The inverse of `to_dict`. A field left out takes its default; a wrong one raises a ValueError that names it."""
     if not isinstance(values, dict):
-        raise ValueError(f"{where or cls.__name__} should be a JSON object, not {values!r}")
-    hints = get_type_hints(cls)
+        raise ValueError(f"{where or cls.__name__} should be a JSON object, not {printable(repr(values))}")
+    hints = hints_of(cls)
     known = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     path = f"{where}." if where else ""
     for name in values:
         if name not in known:
-            raise ValueError(f"unknown field {path}{name}; {cls.__name__} has {', '.join(known)}")
+            raise ValueError(f"unknown field {printable(path + name)}; {cls.__name__} has {', '.join(known)}")
     try:
         return cls(**{name: _typed(hints[name], value, f"{path}{name}") for name, value in values.items()})
     except TypeError as error:  # a required field is left out
@@ -51,14 +57,21 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
         if len(hints) == len(value):
             return tuple(_typed(h, v, f"{where}[{i}]") for i, (h, v) in enumerate(zip(hints, value, strict=True)))
     if origin is dict and isinstance(value, dict):
-        return {key: _typed(args[1], v, f"{where}.{key}") for key, v in value.items()}
-    if hint is float and type(value) is int:
+        return {key: _typed(args[1], v, f"{where}.{printable(key)}") for key, v in value.items()}
+    if hint is float and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
     if isinstance(hint, type) and type(value) is hint:
         return value
+    found = printable(repr(value))
     if origin is Literal:
-        raise ValueError(f"{where} is {value!r}, but should be one of {', '.join(map(repr, args))}")
-    raise ValueError(f"{where} is {value!r}, but should be {hint.__name__ if origin is None else hint}")
+        raise ValueError(f"{where} is {found}, but should be one of {', '.join(map(repr, args))}")
+    raise ValueError(f"{where} is {found}, but should be {hint.__name__ if origin is None else hint}")
+
+
+def printable(text: str) -> str:
+    """What a file says as a part of one line: nothing in it that ends a line or commands a terminal, nor too much."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:LONGEST])
+    return shown + "…" * (len(text) > LONGEST)
 
 
 def differences(a: Any, b: Any, where: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -4,14 +4,15 @@ Threads encode chunks, for the engines leave Python's lock alone; the main threa
 of the input. So the file is the same for any number of threads and ranks, and an interrupted run goes on where it was.
 """
 
-import contextlib
 import json
+import secrets
 import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import orjson
@@ -49,6 +50,7 @@ def pack(sources: Sequence[Source], out: Path, config: PackConfig, say: Callable
     open_folder(job, say)
     try:
         engine, done = work_until_done(job, say)
+        wait_for_ranks(job)
     except (Exception, KeyboardInterrupt) as error:
         kept = sum(len(finished(job.folder, name, True)) for name in ENGINES)
         if not kept and ranks.world_size() == 1:
@@ -63,22 +65,49 @@ def pack(sources: Sequence[Source], out: Path, config: PackConfig, say: Callable
 
 def open_folder(job: Job, say: Callable[[str], None]) -> None:
     """The folder of the parts: one of an interrupted run where that had the same plan, or a new one."""
-    path, plan = job.folder / "plan.json", json.dumps(job.plan, indent=2)
     while not ranks.is_main():
-        with contextlib.suppress(FileNotFoundError):
-            if path.read_text() == plan:
-                return
+        if read_plan(job) == job.plan:
+            return
         time.sleep(POLL_SECONDS)
-    if path.exists() and path.read_text() == plan:
-        say(f"continuing what lies in {job.folder}")
-        return
     if job.folder.exists():
-        say(f"{job.folder} belongs to other inputs or options: starting anew")
-        shutil.rmtree(job.folder)
-    for listed in (account_path(job.out), skipped_path(job.out)):
-        pbin.refuse_existing(listed)
+        if read_plan(job) == job.plan:
+            say(f"continuing what lies in {job.folder}")
+        else:
+            say(f"{job.folder} belongs to other inputs or options: starting anew")
+            shutil.rmtree(job.folder)
+    if not job.folder.exists():
+        for listed in (account_path(job.out), skipped_path(job.out)):
+            pbin.refuse_existing(listed)
+    path = job.folder / "plan.json"
+    path.unlink(missing_ok=True)
     with pbin.write_beside(path) as file:
-        file.write(plan.encode())
+        file.write(json.dumps({"launch": secrets.token_hex(8), **job.plan}, indent=2).encode())
+
+
+def read_plan(job: Job, key: str | None = None) -> Any:
+    """The plan that lies in the folder, or of it the entry `key`; None if there is none."""
+    try:
+        plan = json.loads((job.folder / "plan.json").read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    launch = plan.pop("launch", None)
+    return launch if key == "launch" else plan
+
+
+def wait_for_ranks(job: Job) -> None:
+    """Return on the main rank when the others need the parts no more, and on the others when it has joined them."""
+    told = None
+    while not ranks.is_main() and job.folder.exists():
+        # The main rank may have started later than this one, over parts that were whole already: tell it again.
+        launch = read_plan(job, "launch")
+        if launch not in (told, None):
+            (job.folder / f"{launch}.{ranks.rank()}.left").touch()
+            told = launch
+        time.sleep(POLL_SECONDS)
+    if ranks.is_main():
+        launch = read_plan(job, "launch")
+        while len(list(job.folder.glob(f"{launch}.*.left"))) < ranks.world_size() - 1:
+            time.sleep(POLL_SECONDS)
 
 
 def work_until_done(job: Job, say: Callable[[str], None]) -> tuple[str, dict[int, Done]]:
@@ -90,8 +119,7 @@ def work_until_done(job: Job, say: Callable[[str], None]) -> tuple[str, dict[int
         engine = "tokenizers" if switch.exists() else chosen
         done = finished(job.folder, engine, with_skips=job.config.on_error == "skip")
         todo = [portion for portion in share if portion.number not in done]
-        # Where the folder is gone, the main rank has joined what lay in it.
-        if len(done) == len(job.portions) or not job.folder.exists():
+        if len(done) == len(job.portions):
             return engine, done
         if not todo:
             time.sleep(POLL_SECONDS)

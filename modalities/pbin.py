@@ -178,7 +178,9 @@ class Pbin:
                 lengths = pairs[:, 1]
                 dues = due + np.cumsum(lengths) - lengths
                 steps = np.diff(dues - pairs[:, 0], prepend=behind)
-                wrong = np.flatnonzero((steps < 0) | (steps % MERGE_SHIFT != 0) | (lengths % self.tokens.itemsize != 0))
+                unfit = (steps < 0) | (steps % MERGE_SHIFT != 0) | (lengths % self.tokens.itemsize != 0)
+                # Mended offsets may point behind the data.
+                wrong = np.flatnonzero(unfit | (lengths > self.tokens.nbytes - dues))
                 if wrong.size:
                     offset, length = pairs[wrong[0]]
                     found = f"document {number + wrong[0]} has {length:,} bytes from {offset:,}"
