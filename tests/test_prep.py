@@ -200,10 +200,7 @@ def test_tables_and_datasets(demo: Path, tmp_path: Path) -> None:
     inputs: dict[str, list[object]] = {
         "lines": [tmp_path / "same.jsonl"],
         "folder": [folder],
-        "glob": [folder / "*.parquet"],
-        "dataset": ["--dataset", folder],
-        "split": ["--dataset", folder, "--split", "train"],
-        "field": [folder, "--field", ".content"],
+        "dataset": ["--dataset", folder, "--split", "train"],
     }
     for name, args in inputs.items():
         done = prep("pack", *args, *tokenizer, "--out", tmp_path / f"{name}.pbin")
