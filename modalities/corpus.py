@@ -3,6 +3,7 @@
 Also the index of a JSONL file. Nothing here knows of tokens.
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -41,7 +42,7 @@ class Tally:
     def reject(self, where: object, reject: Reject) -> None:
         """Count a bad document, or end with it where `on_error` is "fail"."""
         if self.on_error == "fail":
-            raise ValueError(f"{where}: {reject}; mend it, or leave out such documents with --on-error skip")
+            raise rejected(where, reject)
         self.skipped[reject.reason] += 1
         if self.listed is not None and isinstance(where, Where):
             if self.file is None:
@@ -60,10 +61,25 @@ class Tally:
         return f"; skipped {self.skipped.total():,} of {self.documents:,}: {reasons}" if reasons else ""
 
 
+def rejected(where: object, reject: Reject) -> ValueError:
+    """The error that a bad document ends in."""
+    return ValueError(f"{where}: {reject}; mend it, or leave out such documents with --on-error skip")
+
+
 def skipped_line(where: Where, reject: Reject) -> bytes:
     """A line of `<out>.skipped.jsonl`."""
     place = {"row": where.number} if where.offset is None else {"line": where.number, "byte": where.offset}
-    return orjson.dumps({"file": where.source, **place, "reason": reject.reason, "detail": reject.detail}) + b"\n"
+    return (
+        orjson.dumps(
+            {
+                "file": os.fsencode(where.source).decode(errors="backslashreplace"),
+                **place,
+                "reason": reject.reason,
+                "detail": reject.detail,
+            }
+        )
+        + b"\n"
+    )
 
 
 def read_texts(sources: Sequence[Source], select: Select, name: str, tally: Tally) -> Iterator[tuple[Where, str]]:

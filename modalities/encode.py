@@ -4,11 +4,11 @@ Nothing here writes.
 """
 
 import contextlib
-import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +33,7 @@ from modalities.tokenizer import (
 ENGINES = {"tokenizers": tokenizers_engine, "fastokens": fastokens_engine}
 FIRST_CHECKED = 1000
 CHECKED_EVERY = 1000
+LONGEST_CHECKED = 1_000_000  # characters: beyond them tokenizers takes gigabytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,12 @@ class PackConfig:
     """0: as many as there are cores for this process."""
     portion_bytes: int = PORTION_BYTES
     """What an interruption may cost."""
+
+    def __post_init__(self) -> None:
+        if self.threads < 0:
+            raise ValueError(
+                f"--threads is {self.threads}, but must be at least 1, or 0 for as many as there are cores"
+            )
 
     @property
     def num_threads(self) -> int:
@@ -74,25 +81,17 @@ class Job:
     spec: Spec
     select: Select
     portions: Sequence[Portion]
+    plan: dict[str, Any]
+    """What the parts depend on, as JSON: on any change they are made anew."""
 
     @property
     def folder(self) -> Path:
         """Where the parts lie until they are joined."""
         return self.out.with_name(f"{self.out.name}.parts")
 
-    @property
-    def plan(self) -> dict[str, Any]:
-        """What the parts depend on: on any change they are made anew."""
-        return {
-            "version": __version__,
-            "tokenizer": self.spec.sha256,
-            "options": [self.config.eod, self.config.field, self.config.special_tokens, self.config.portion_bytes],
-            "sources": [source.facts() for source in self.sources],
-        }
-
     def share(self, rank: int, ranks: int) -> list[Portion]:
         """The portions of one rank: a contiguous run, about as many bytes as every other rank's."""
-        sizes = np.array([portion.end - portion.begin for portion in self.portions], np.float64)
+        sizes = np.array([p.source.num_bytes(p.begin, p.end) for p in self.portions], np.float64)
         middles = (np.cumsum(sizes) - sizes / 2) / max(1, sizes.sum())
         owners = np.minimum(middles * ranks, ranks - 1).astype(int)
         return [portion for portion, owner in zip(self.portions, owners, strict=True) if owner == rank]
@@ -102,7 +101,13 @@ def make_job(sources: Sequence[Source], out: Path, config: PackConfig) -> Job:
     """Check everything that can be checked before the work."""
     select, spec = make_select(config.field), read_spec(config.tokenizer, config.eod)
     cuts = ((source, *cut) for source in sources for cut in source.portions(config.portion_bytes))
-    return Job(config, out, sources, spec, select, [Portion(i, *cut) for i, cut in enumerate(cuts)])
+    plan = {
+        "version": __version__,
+        "tokenizer": spec.sha256,
+        "options": [config.eod, config.field, config.special_tokens, config.engine, config.portion_bytes],
+        "sources": [source.facts() for source in sources],
+    }
+    return Job(config, out, sources, spec, select, [Portion(i, *cut) for i, cut in enumerate(cuts)], plan)
 
 
 # --------------------------------------------------------------------------------------------------------------- engine
@@ -125,16 +130,25 @@ def choose_engine(job: Job, say: Callable[[str], None]) -> str:
     if fast is None or name == "fastokens":
         return name
     reference = tokenizers_engine(job.spec, job.config.special_tokens)
-    texts: list[str] = []
-    with contextlib.suppress(ValueError):  # what cannot be read will show in its turn
-        texts.extend(islice(_texts(job), FIRST_CHECKED))
-    step = -(-len(texts) // job.config.num_threads) or 1
-    parts = [texts[i : i + step] for i in range(0, len(texts), step)]
-    with ThreadPoolExecutor(job.config.num_threads) as pool:
-        if any(found is not None for found in pool.map(functools.partial(disagreement, fast, reference), parts)):
-            say("packing with tokenizers: fastokens gives other ids")
-            return "tokenizers"
+    batches = _first_texts(job)
+    with contextlib.suppress(ValueError), ThreadPoolExecutor(job.config.num_threads) as pool:
+        # What cannot be read will show in its turn.
+        while some := list(islice(batches, 2 * job.config.num_threads)):
+            if any(found is not None for found in pool.map(partial(disagreement, fast, reference), some)):
+                say("packing with tokenizers: fastokens gives other ids")
+                return "tokenizers"
     return "fastokens"
+
+
+def _first_texts(job: Job) -> Iterator[list[str]]:
+    """The texts that are checked before the work, in batches that the slow engine has memory for."""
+    batch: list[str] = []
+    for text in islice(_texts(job), FIRST_CHECKED):
+        batch.append(text[:LONGEST_CHECKED])
+        if sum(map(len, batch)) >= LONGEST_CHECKED:
+            yield batch
+            batch = []
+    yield batch
 
 
 def _texts(job: Job) -> Iterator[str]:
@@ -161,7 +175,7 @@ def make_encode(job: Job, name: str) -> Callable[[Chunk], Encoded]:
         texts, rejects = texts_of(chunk.items, job.select, job.config.field)
         tokens, lengths = engine(texts)
         if reference is not None:
-            sample = texts[-chunk.first % CHECKED_EVERY :: CHECKED_EVERY]
+            sample = [text[:LONGEST_CHECKED] for text in texts[-chunk.first % CHECKED_EVERY :: CHECKED_EVERY]]
             if disagreement(engine, reference, sample) is not None:
                 raise EnginesDiffer("fastokens gives other ids than tokenizers")
         if len(lengths) and not lengths.all():

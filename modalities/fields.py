@@ -92,7 +92,7 @@ def _jq(program: str) -> Select:
             return compiled.input_value(value).first()
         except StopIteration:
             return Reject(f"no output of jq {program}")
-        except ValueError as error:
+        except (ValueError, TypeError, RecursionError) as error:  # what is no JSON, or nested too deep
             return Reject(f"jq {program} fails", " ".join(str(error).split()))
 
     return select

@@ -4,22 +4,26 @@ Threads encode chunks, for the engines leave Python's lock alone; the main threa
 of the input. So the file is the same for any number of threads and ranks, and an interrupted run goes on where it was.
 """
 
-import json
-import secrets
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import orjson
 
-from modalities import __version__, pbin, ranks
-from modalities.account import Account, SourceFacts, TokenizerFacts, account_path, skipped_path, write_account
-from modalities.corpus import skipped_line
+from modalities import __version__, pbin, ranks, workplace
+from modalities.account import (
+    Account,
+    SourceFacts,
+    TokenizerFacts,
+    account_path,
+    read_account,
+    skipped_path,
+    write_account,
+)
+from modalities.corpus import rejected, skipped_line
 from modalities.encode import (
     ENGINES,
     Encoded,
@@ -32,9 +36,9 @@ from modalities.encode import (
     make_job,
 )
 from modalities.parts import Counts, Done, Writer, finished, join
-from modalities.sources import Chunk, Lines, Source
+from modalities.sources import Chunk, Source
 
-POLL_SECONDS = 0.2
+USE_TOKENIZERS = "use_tokenizers"  # lies in the folder once a rank has seen the engines differ
 
 
 def pack(sources: Sequence[Source], out: Path, config: PackConfig, say: Callable[[str], None]) -> Account | None:
@@ -43,77 +47,36 @@ def pack(sources: Sequence[Source], out: Path, config: PackConfig, say: Callable
     To be called on every rank; the main rank joins the parts and returns the account. An existing `out` is refused.
     `say` is told, on the main rank, what a user would want to know meanwhile.
     """
-    if ranks.is_main():
-        pbin.refuse_existing(out)
     job = make_job(sources, out, config)
-    say = say if ranks.is_main() else lambda message: None
-    open_folder(job, say)
-    try:
-        engine, done = work_until_done(job, say)
-        wait_for_ranks(job)
-    except (Exception, KeyboardInterrupt) as error:
-        kept = sum(len(finished(job.folder, name, True)) for name in ENGINES)
-        if not kept and ranks.world_size() == 1:
-            shutil.rmtree(job.folder)
-        if kept and isinstance(error, ValueError):
-            raise ValueError(
-                f"{error} ({kept} of {len(job.portions)} parts are done and kept in {job.folder})"
-            ) from None
-        raise
-    return finish(job, engine, done) if ranks.is_main() else None
-
-
-def open_folder(job: Job, say: Callable[[str], None]) -> None:
-    """The folder of the parts: one of an interrupted run where that had the same plan, or a new one."""
-    while not ranks.is_main():
-        if read_plan(job) == job.plan:
-            return
-        time.sleep(POLL_SECONDS)
-    if job.folder.exists():
-        if read_plan(job) == job.plan:
-            say(f"continuing what lies in {job.folder}")
-        else:
-            say(f"{job.folder} belongs to other inputs or options: starting anew")
-            shutil.rmtree(job.folder)
-    if not job.folder.exists():
-        for listed in (account_path(job.out), skipped_path(job.out)):
-            pbin.refuse_existing(listed)
-    path = job.folder / "plan.json"
-    path.unlink(missing_ok=True)
-    with pbin.write_beside(path) as file:
-        file.write(json.dumps({"launch": secrets.token_hex(8), **job.plan}, indent=2).encode())
-
-
-def read_plan(job: Job, key: str | None = None) -> Any:
-    """The plan that lies in the folder, or of it the entry `key`; None if there is none."""
-    try:
-        plan = json.loads((job.folder / "plan.json").read_bytes())
-    except (FileNotFoundError, ValueError):
+    if not ranks.is_main():
+        pbin.refuse_existing(out)
+        pack_share(job, workplace.wait_for_begin(job.folder, job.plan), lambda message: None)
+        workplace.leave(job.folder)
         return None
-    launch = plan.pop("launch", None)
-    return launch if key == "launch" else plan
+    if out.exists() and workplace.was_joined(job.folder, job.plan):  # it was stopped after all was done
+        workplace.remove(job.folder)
+        return read_account(account_path(out))
+    pbin.refuse_existing(out)
+    with workplace.locked(job.folder):
+        beside = [account_path(out), skipped_path(out)]
+        chosen = workplace.begin(job.folder, job.plan, beside, lambda: choose_engine(job, say), say)
+        try:
+            engine, done = pack_share(job, chosen, say)
+            workplace.wait_for_ranks(job.folder)
+            return finish(job, engine, done)
+        except (Exception, KeyboardInterrupt) as error:
+            kept = sum(len(finished(job.folder, name, True)) for name in ENGINES)
+            if not kept and ranks.world_size() == 1:
+                workplace.remove(job.folder)
+            if kept and isinstance(error, ValueError):
+                what = f"{kept} of {len(job.portions)} parts are done and kept in {job.folder}"
+                raise ValueError(f"{error} ({what})") from None
+            raise
 
 
-def wait_for_ranks(job: Job) -> None:
-    """Return on the main rank when the others need the parts no more, and on the others when it has joined them."""
-    told = None
-    while not ranks.is_main() and job.folder.exists():
-        # The main rank may have started later than this one, over parts that were whole already: tell it again.
-        launch = read_plan(job, "launch")
-        if launch not in (told, None):
-            (job.folder / f"{launch}.{ranks.rank()}.left").touch()
-            told = launch
-        time.sleep(POLL_SECONDS)
-    if ranks.is_main():
-        launch = read_plan(job, "launch")
-        while len(list(job.folder.glob(f"{launch}.*.left"))) < ranks.world_size() - 1:
-            time.sleep(POLL_SECONDS)
-
-
-def work_until_done(job: Job, say: Callable[[str], None]) -> tuple[str, dict[int, Done]]:
+def pack_share(job: Job, chosen: str, say: Callable[[str], None]) -> tuple[str, dict[int, Done]]:
     """Pack this rank's share and wait for the others'; the engine that it was done with, and the finished portions."""
-    switch = job.folder / "use_tokenizers"
-    chosen = choose_engine(job, say)
+    switch = job.folder / USE_TOKENIZERS
     share = job.share(ranks.rank(), ranks.world_size())
     while True:
         engine = "tokenizers" if switch.exists() else chosen
@@ -122,7 +85,7 @@ def work_until_done(job: Job, say: Callable[[str], None]) -> tuple[str, dict[int
         if len(done) == len(job.portions):
             return engine, done
         if not todo:
-            time.sleep(POLL_SECONDS)
+            time.sleep(workplace.POLL_SECONDS)
             continue
         try:
             pack_portions(job, engine, todo)
@@ -141,7 +104,7 @@ def pack_portions(job: Job, engine: str, portions: Sequence[Portion]) -> None:
     """Pack `portions` into the files of this rank."""
     from tqdm import tqdm
 
-    encode, switch = make_encode(job, engine), job.folder / "use_tokenizers"
+    encode, switch = make_encode(job, engine), job.folder / USE_TOKENIZERS
     waiting: deque[Reading] = deque()
     size = sum(portion.end - portion.begin for portion in portions)
     bar = tqdm(total=size, desc=job.out.name, unit="B", unit_scale=True, disable=None, leave=False)
@@ -193,10 +156,8 @@ def write(job: Job, writer: Writer, portion: Portion, chunk: Chunk | None, encod
     assert chunk is not None
     source, counts = portion.source, Counts(documents=len(chunk.items), packed=len(encoded.lengths))
     if encoded.rejects and job.config.on_error == "fail":
-        before = source.lines_before(portion.begin) if isinstance(source, Lines) else 0
         i, reject = encoded.rejects[0]
-        where = chunk.where(source.name, i, before)
-        raise ValueError(f"{where}: {reject}; mend it, or leave out such documents with --on-error skip")
+        raise rejected(chunk.where(source.name, i, source.documents_before(portion.begin)), reject)
     counts.tokens = len(encoded.tokens)
     counts.skipped.update(reject.reason for _, reject in encoded.rejects)
     counts.lengths.update(np.frexp(encoded.lengths)[1].tolist())
@@ -210,13 +171,16 @@ def write(job: Job, writer: Writer, portion: Portion, chunk: Chunk | None, encod
 def finish(job: Job, engine: str, done: dict[int, Done]) -> Account:
     """Join the parts to `out`, beside its account and the list of what was skipped, and remove them."""
     entries, total, facts = [done[portion.number] for portion in job.portions], Counts(), []
-    for source in job.sources:
+    for source, planned in zip(job.sources, job.plan["sources"], strict=True):
+        if source.facts() != planned:
+            workplace.remove(job.folder)
+            raise ValueError(f"{source.name} was changed while it was packed; pack again")
         documents = 0
         for portion in job.portions:
             if portion.source is source:
                 total.add(done[portion.number].counts)
                 documents += done[portion.number].counts.documents
-        facts.append(SourceFacts(**source.facts(), documents=documents))
+        facts.append(SourceFacts(**planned, documents=documents))
     account = Account(
         documents=total.documents,
         packed=total.packed,
@@ -236,16 +200,14 @@ def finish(job: Job, engine: str, done: dict[int, Done]) -> Account:
         version=__version__,
     )
     if not account.packed:
-        shutil.rmtree(job.folder)
+        workplace.remove(job.folder)
         raise ValueError(f"no document to pack: {job.out} would be empty, and is not written")
-    # An earlier try may have come as far as these.
-    for path in (account_path(job.out), skipped_path(job.out)):
-        path.unlink(missing_ok=True)
+    (job.folder / workplace.JOINED).touch()
     if account.skipped:
         list_skipped(job, done)
     write_account(account, account_path(job.out))
-    join(entries, job.out, job.spec.dtype.itemsize)
-    shutil.rmtree(job.folder)
+    join(entries, job.folder / "joined.tmp", job.out, job.spec.dtype.itemsize)
+    workplace.remove(job.folder)
     return account
 
 

@@ -82,11 +82,11 @@ def read_journal(stem: Path) -> list[Done]:
     entries: list[Done] = []
     with contextlib.suppress(FileNotFoundError):
         sizes = {kind: path_of(stem, kind).stat().st_size for kind in FILES}
-        for line in path_of(stem, "journal").read_text().splitlines():
+        for line in path_of(stem, "journal").read_bytes().splitlines():
             try:
                 entry = json.loads(line)
                 counts = Counts(**{**entry["counts"], "skipped": Counter(entry["counts"]["skipped"])})
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 break
             counts.lengths = Counter({int(k): n for k, n in counts.lengths.items()})
             done = Done(entry["portion"], stem, entry["begin"], entry["end"], counts)
@@ -102,10 +102,6 @@ class Writer:
     def __init__(self, stem: Path) -> None:
         self.stem = stem
         self.counts = Counts()
-        entries = read_journal(stem)
-        # Room for the header, so that tokens which lie in order need not be copied.
-        start = entries[-1].end if entries else {"tokens": HEADER.size, "lengths": 0, "skipped": 0}
-        self.begin = dict(start)
         with contextlib.ExitStack() as stack:
             for kind in FILES:
                 path_of(stem, kind).touch()
@@ -114,6 +110,10 @@ class Writer:
                 fcntl.flock(self.files["journal"], fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ValueError(f"another process is packing into {stem.parent}; wait for it, or stop it") from None
+            entries = read_journal(stem)
+            # Room for the header, so that tokens which lie in order need not be copied.
+            start = entries[-1].end if entries else {"tokens": HEADER.size, "lengths": 0, "skipped": 0}
+            self.begin = dict(start)
             # Whatever follows the last whole entry is what a crash left.
             for _ in entries:
                 self.files["journal"].readline()
@@ -145,27 +145,24 @@ class Writer:
         self.begin, self.counts = end, Counts()
 
 
-def join(done: Sequence[Done], out: Path, itemsize: int) -> None:
-    """Make the portions `done`, in this order, the `.pbin` at `out`."""
-    lengths = _lengths(done)
+def join(done: Sequence[Done], part: Path, out: Path, itemsize: int) -> None:
+    """Make the portions `done`, in this order, the `.pbin` at `out`; `part`: where to write it, on the same disk."""
     num_bytes = sum(entry.num_bytes("tokens") for entry in done)
     ends = [HEADER.size, *(entry.end["tokens"] for entry in done)]
-    in_order = all(e.stem == done[0].stem and e.begin["tokens"] == end for e, end in zip(done, ends, strict=False))
-    if not in_order:
-        with pbin.write_beside(out) as file:
+    if all(e.stem == done[0].stem and e.begin["tokens"] == end for e, end in zip(done, ends, strict=False)):
+        part = path_of(done[0].stem, "tokens")  # they lie in order already
+    else:
+        with part.open("wb") as file:
             file.write(bytes(HEADER.size))
             for entry in done:
                 with entry.open("tokens") as source:
                     copy(source, file, entry.num_bytes("tokens"))
-            pbin.finish_pbin(file, num_bytes, itemsize, lengths)
-        return
-    path = path_of(done[0].stem, "tokens")
-    with path.open("r+b", buffering=COPY_BYTES) as file:
-        pbin.finish_pbin(file, num_bytes, itemsize, lengths)
+    with part.open("r+b", buffering=COPY_BYTES) as file:
+        pbin.finish_pbin(file, num_bytes, itemsize, _lengths(done))
         file.flush()
         os.fsync(file.fileno())
     pbin.refuse_existing(out)
-    path.rename(out)
+    part.rename(out)
     pbin.fsync(out.parent)
 
 

@@ -17,9 +17,11 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 PORTION_BYTES = 64 << 20
 CHUNK_BYTES = 1 << 20
 CHUNK_ROWS = 256
+UNKNOWN_BYTES = 256 << 20  # of a shard that does not tell
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 TABLES = (".parquet", ".arrow")
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", *TABLES)
+SKIPPED = ".skipped.jsonl"
 BOM = b"\xef\xbb\xbf"
 
 
@@ -69,8 +71,14 @@ class Source(Protocol):
     def portions(self, size: int) -> list[tuple[int, int]]:
         """(begin, end) of the parts, of about `size` bytes where the source can be cut."""
 
+    def num_bytes(self, begin: int, end: int) -> int:
+        """About how large one part is."""
+
     def chunks(self, begin: int, end: int) -> Iterator[Chunk]:
         """The documents of one part."""
+
+    def documents_before(self, begin: int) -> int:
+        """How many documents stand before a part; it may take as long as reading them."""
 
 
 # ---------------------------------------------------------------------------------------------------------------- lines
@@ -134,8 +142,10 @@ class Lines:
         # Its stream, unlike others', complains where a file breaks off.
         return io.BufferedReader(pyarrow.input_stream(str(self.path), compression=self.compression), CHUNK_BYTES)
 
-    def lines_before(self, begin: int) -> int:
-        """How many lines end before byte `begin`."""
+    def num_bytes(self, begin: int, end: int) -> int:
+        return end - begin
+
+    def documents_before(self, begin: int) -> int:
         with self.path.open("rb", buffering=0) as file:
             count = 0
             while begin > 0 and (data := file.read(min(begin, CHUNK_BYTES))):
@@ -199,6 +209,14 @@ class Table:
         except Exception as error:  # pyarrow and datasets raise almost anything
             raise ValueError(f"{self.name} cannot be read after row {number}: {_one_line(error)}") from None
 
+    def num_bytes(self, begin: int, end: int) -> int:
+        dataset = _dataset(self)
+        total = os.stat(self.name).st_size if self.builder else dataset.info.dataset_size
+        return (total or UNKNOWN_BYTES * dataset.num_shards) * (end - begin) // dataset.num_shards
+
+    def documents_before(self, begin: int) -> int:
+        return sum(len(chunk.items) for i in range(begin) for chunk in self.chunks(i, i + 1))
+
 
 @functools.cache
 def _dataset(table: Table) -> Any:
@@ -219,7 +237,7 @@ def _dataset(table: Table) -> Any:
                 if table.split not in dataset:
                     raise ValueError(f"it has {', '.join(dataset)}")
                 dataset = dataset[table.split]
-            dataset = dataset.to_iterable_dataset()
+            dataset = dataset.to_iterable_dataset(num_shards=max(1, len(dataset.cache_files)))
         else:
             dataset = datasets.load_dataset(table.name, split=table.split, streaming=True)
     except Exception as error:  # what datasets raises has no common base
@@ -267,7 +285,10 @@ def find_sources(patterns: Sequence[str | Path], column: str | None = None) -> l
 def _paths(pattern: str) -> list[Path]:
     path = Path(pattern)
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.name.endswith(ENDINGS) and p.is_file())
+        # The lists of what a packing skipped are none of its inputs.
+        found = sorted(
+            p for p in path.rglob("*") if p.name.endswith(ENDINGS) and not p.name.endswith(SKIPPED) and p.is_file()
+        )
     elif path.is_file():
         return [path]
     else:

@@ -470,6 +470,12 @@ def test_sources_may_be_of_any_make() -> None:
         def portions(self, size: int) -> list[tuple[int, int]]:
             return [(0, 1), (1, 2)]
 
+        def num_bytes(self, begin: int, end: int) -> int:
+            return 1
+
+        def documents_before(self, begin: int) -> int:
+            return 2 * begin
+
         def chunks(self, begin: int, end: int) -> Iterator[Chunk]:
             yield Chunk([{"text": f"{begin}"}, {"text": None}], 0, None)
 

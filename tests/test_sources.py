@@ -51,7 +51,7 @@ def read(source: Source, size: int = 1 << 30) -> Iterator[tuple[Where, Any]]:
                 yield chunk.where(source.name, i, before), item
             count += len(chunk.items)
         if isinstance(source, Lines) and not source.compression:
-            assert before == source.lines_before(begin)
+            assert before == source.documents_before(begin)
         before += count
 
 
@@ -157,7 +157,7 @@ def test_chunks_of_large_files(tmp_path: Path, lengths: list[int], size: int) ->
             assert sum(map(len, chunk.items[:-1])) < CHUNK_BYTES, "more than a chunk, or a line too many"
             read_lengths += map(len, chunk.items)
             offset, count = offset + sum(map(len, chunk.items)), count + len(chunk.items)
-        assert before == Lines(path).lines_before(begin)
+        assert before == Lines(path).documents_before(begin)
         before += count
     assert read_lengths == lengths
 
