@@ -1,8 +1,14 @@
 """From raw documents to `.idx` and `.pbin` files: `python prep.py --help`."""
 
-from modalities import cli
+from modalities import cli, ranks
 from modalities.commands import COMMANDS
 
+
+def main(args: list[str]) -> None:
+    if ranks.world_size() > 1 and args[:1] != ["pack"]:
+        raise ValueError("with torchrun there is only prep.py pack; the other commands are for one process")
+    cli.call_subcommand(COMMANDS, args, "prep.py", "From raw documents to .idx and .pbin files.")
+
+
 if __name__ == "__main__":
-    about = "From raw documents to .idx and .pbin files."
-    cli.run(lambda args: cli.call_subcommand(COMMANDS, args, "prep.py", about))
+    cli.run(main)

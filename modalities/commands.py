@@ -60,7 +60,7 @@ def pack(
     """
     from modalities.pack import PackConfig, pack
 
-    field = f".[{json.dumps(column)}]" if column else field
+    field = field_of(field, column)
     sources = find_inputs(docs, dataset, split, field)
     out = out or output_for([source.name for source in sources], ".pbin")
     config = PackConfig(
@@ -75,6 +75,13 @@ def pack(
     account = pack(sources, out, config, print)
     if account is not None:
         print(account.report(out))
+
+
+def field_of(field: str, column: str | None) -> str:
+    """`field`, or the path of `column`."""
+    if column is not None and field != ".text":
+        raise ValueError(f"both --field {field} and --column {column} are given; give one of them")
+    return field if column is None else f".[{json.dumps(column)}]"
 
 
 def find_inputs(docs: tuple[str, ...], dataset: str | None, split: str, field: str) -> list[Any]:
@@ -130,6 +137,7 @@ def tokenizer(
     out: Path,
     dataset: str | None = None,
     split: str = "train",
+    column: str | None = None,
     field: str = ".text",
     special: tuple[str, ...] = ("<|endoftext|>",),
     on_error: OnError = "fail",
@@ -142,6 +150,7 @@ def tokenizer(
         out: The tokenizer.json to write.
         dataset: Instead of files: a dataset of the Hugging Face hub, or a folder that holds one.
         split: The dataset's split.
+        column: The column that holds the text, as for pack.
         field: Where a document's text stands, as in jq.
         special: Special tokens, which no text is split into; they get the first ids.
         on_error: At a document without a text: stop there, or go on without it.
@@ -150,6 +159,7 @@ def tokenizer(
     from modalities.fields import make_select
     from modalities.tokenizer import train_tokenizer
 
+    field = field_of(field, column)
     with corpus.Tally(on_error) as tally:
         documents = corpus.read_texts(find_inputs(docs, dataset, split, field), make_select(field), field, tally)
         train_tokenizer((text for _, text in documents), vocab_size, out, special)

@@ -100,13 +100,8 @@ def _pickled(pairs: np.ndarray) -> tuple[bytes, np.ndarray]:
 
 def read_pairs(file: BinaryIO, num_bytes: int) -> Iterator[np.ndarray]:
     """The pairs in the next `num_bytes` of `file`, in pieces, int64 [N, 2]; `ValueError` where it is no such list."""
-    pieces = _unframed(file, num_bytes)
-    data = b""
-    while len(data) < len(LIST) + 2:  # enough to see how the list begins
-        piece = next(pieces, None)
-        if piece is None:
-            break
-        data += piece
+    pieces = _gathered(_unframed(file, num_bytes))
+    data = next(pieces, b"")
     if not data.startswith(LIST):
         raise ValueError("it is not a list of pairs")
     data = data[len(LIST) :]
@@ -153,6 +148,18 @@ def _unframed(file: BinaryIO, num_bytes: int) -> Iterator[bytes]:
                 raise ValueError("it breaks off")
             size -= len(piece)
             yield piece
+
+
+def _gathered(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """The same bytes in larger pieces: frames may be as small as a byte, and each piece costs some time."""
+    waiting, size = [], 0
+    for piece in pieces:
+        waiting.append(piece)
+        size += len(piece)
+        if size >= PIECE_BYTES:
+            yield b"".join(waiting)
+            waiting, size = [], 0
+    yield b"".join(waiting)
 
 
 def _parse(data: bytes) -> tuple[np.ndarray, int]:

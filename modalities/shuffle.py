@@ -18,6 +18,7 @@ from modalities.rng import fold, permute
 
 # Bytes that a document takes in memory beside its tokens, while its bucket is sorted.
 DOCUMENT_BYTES = 64
+LARGEST_CHUNKS = 10_000
 
 
 def shuffle(paths: Sequence[Path], out: Path, seed: int, chunks: int = 1, memory: int = 1 << 30) -> str:
@@ -29,6 +30,8 @@ def shuffle(paths: Sequence[Path], out: Path, seed: int, chunks: int = 1, memory
     """
     if memory < 1:
         raise ValueError(f"memory is {memory}, but must be at least 1 byte")
+    if chunks > LARGEST_CHUNKS:
+        raise ValueError(f"chunks is {chunks:,}, but must be at most {LARGEST_CHUNKS:,}: each is a file")
     outs = chunk_paths(out, chunks)
     with files.all_or_none(files.with_masks(outs)) as parts:
         inputs = files.open_inputs(paths)

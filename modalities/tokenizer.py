@@ -165,6 +165,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path, special: S
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+    if not 0 < vocab_size < 2**32:
+        raise ValueError(f"a vocabulary of {vocab_size:,} cannot be: it must have 1 to {2**32 - 1:,} tokens")
     pbin.refuse_existing(out)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

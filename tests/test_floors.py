@@ -16,7 +16,7 @@ FLOORS = {
         "sources",
     },
     1: {"dist", "fsdp", "mixture", "pbin"},
-    2: {"account", "corpus", "demo", "files", "parts", "sequences", "step", "tokenizer"},
+    2: {"account", "corpus", "demo", "files", "parts", "sequences", "step", "tokenizer", "workplace"},
     3: {"chat", "checkpoint", "data", "encode", "masks", "shuffle"},
     4: {"describe", "generate", "pack"},
     5: {"commands", "recipe"},

@@ -5,9 +5,11 @@ import gzip
 import inspect
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -357,6 +359,85 @@ def test_two_at_once_are_refused(bpe: Path, tmp_path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(ValueError, match="another process is packing into"):
             run(docs, out, bpe, portion_bytes=1000, engine="tokenizers")
+
+
+def start(docs: Path, out: Path, bpe: Path, rank: int = 0, size: int = 1, before: str = "") -> subprocess.Popen:
+    environment = {"RANK": f"{rank}", "WORLD_SIZE": f"{size}", "LOCAL_WORLD_SIZE": f"{size}"}
+    command = [sys.executable, "-c", before + RANK, str(docs), str(out), str(bpe)]
+    return subprocess.Popen(command, env=os.environ | environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_second_command_leaves_the_first_alone(bpe: Path, tmp_path: Path) -> None:
+    docs, out = write_docs(tmp_path / "a.jsonl", TEXTS * 200), tmp_path / "a.pbin"
+    first = start(docs, out, bpe)
+    while not (tmp_path / "a.pbin.parts" / "plan.json").exists():
+        assert first.poll() is None
+        time.sleep(0.01)
+    for changes in ({}, {"special_tokens": "parse"}):
+        with pytest.raises(ValueError, match="another process is packing into"):
+            run(docs, out, bpe, **changes)
+    assert first.wait(60) == 0
+    assert documents_of(out) == expected(TEXTS, bpe) * 200
+
+
+@pytest.mark.parametrize("late", [0, 2])
+def test_a_rank_that_comes_late_finds_its_place(bpe: Path, tmp_path: Path, late: int) -> None:
+    docs, out = write_docs(tmp_path / "a.jsonl", ["one"]), tmp_path / "a.pbin"  # too little for three
+    ranks = [start(docs, out, bpe, rank, 3) for rank in range(3) if rank != late]
+    time.sleep(2)
+    ranks.append(start(docs, out, bpe, late, 3))
+    assert [process.wait(30) for process in ranks] == [0, 0, 0]
+    assert documents_of(out) == expected(["one"], bpe)
+    assert sorted(os.listdir(tmp_path)) == ["a.jsonl", "a.pbin", "a.pbin.json"]
+
+
+KILLED = """
+import os, signal, sys
+def kill(event, args):
+    if event == "os.rename" and str(args[AT]).endswith(ENDING):
+        os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(kill)
+"""
+
+
+@pytest.mark.parametrize(
+    ("at", "ending"),
+    [(1, "a.pbin.json"), (1, "a.pbin"), (0, "a.pbin.parts")],
+    ids=["before the account", "before the file itself", "before the parts are removed"],
+)
+def test_killed_while_the_files_are_put_in_place(bpe: Path, tmp_path: Path, at: int, ending: str) -> None:
+    docs, out = write_docs(tmp_path / "a.jsonl"), tmp_path / "a.pbin"
+    before = KILLED.replace("AT", f"{at}").replace("ENDING", repr(f"/{ending}"))
+    assert start(docs, out, bpe, before=before).wait(60) == -signal.SIGKILL
+    assert (tmp_path / "a.pbin.parts").exists()
+    account, _ = run(docs, out, bpe, portion_bytes=900)
+    assert documents_of(out) == expected(TEXTS, bpe)
+    assert account.packed == len(TEXTS)
+    left = [name for name in os.listdir(tmp_path) if not name.endswith(".tmp")]
+    assert sorted(left) == ["a.jsonl", "a.pbin", "a.pbin.json"]
+
+
+def test_a_folder_of_somebody_elses_is_not_touched(bpe: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.pbin.parts").mkdir()
+    (tmp_path / "a.pbin.parts" / "mine.txt").write_text("precious")
+    with pytest.raises(ValueError, match="is in the way, and not a folder of parts"):
+        run(write_docs(tmp_path / "a.jsonl"), tmp_path / "a.pbin", bpe)
+    assert (tmp_path / "a.pbin.parts" / "mine.txt").read_text() == "precious"
+
+
+def test_a_source_that_changes_meanwhile_is_named(bpe: Path, tmp_path: Path) -> None:
+    docs, out = write_docs(tmp_path / "a.jsonl"), tmp_path / "a.pbin"
+    interrupted(docs, out, bpe)
+    config = PackConfig(tokenizer=bpe, portion_bytes=1000, engine="tokenizers", on_error="skip")
+
+    def change(said: str) -> None:
+        assert "continuing" in said
+        with docs.open("a") as file:
+            file.write('{"text": "more"}\n')
+
+    with pytest.raises(ValueError, match=r"a\.jsonl was changed while it was packed"):
+        pack(find_sources([docs]), out, config, change)
+    assert os.listdir(tmp_path) == ["a.jsonl"]
 
 
 @pytest.mark.parametrize("name", ["a.pbin", "a.pbin.json", "a.pbin.skipped.jsonl"])
