@@ -77,8 +77,11 @@ def machine_texts() -> Iterator[str]:
 
 
 def index(docs: Path, out: Path, **_: Any) -> Callable[[], object]:
+    import simdjson
+
     from modalities.corpus import Tally, write_index
 
+    assert simdjson  # imported before the clock starts
     return lambda: write_index(docs, out, Tally())
 
 
@@ -91,13 +94,14 @@ def index_modalities(docs: Path, out: Path, **_: Any) -> Callable[[], object]:
 
 def pack(docs: Path, out: Path, tokenizer: Path, engine: str, threads: int, **_: Any) -> Callable[[], object]:
     import fastokens
+    import tokenizers
     import tqdm
 
     from modalities.encode import PackConfig
     from modalities.pack import pack
     from modalities.sources import find_sources
 
-    assert fastokens and tqdm  # imported before the clock starts
+    assert fastokens and tokenizers and tqdm  # imported before the clock starts
     config = PackConfig(tokenizer=tokenizer, engine=engine, threads=threads)  # type: ignore[arg-type]
     return lambda: pack(find_sources([docs]), out, config, print)
 

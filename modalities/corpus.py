@@ -5,7 +5,7 @@ Also the index of a JSONL file. Nothing here knows of tokens.
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,12 +117,17 @@ def write_index(path: Path, out: Path, tally: Tally) -> int:
     if source.compression or not path.is_file():
         raise ValueError(f"{path} is {_unfit(path)}; an index tells bytes of a JSONL file that is not compressed")
     pbin.refuse_existing(out)
-    kept = 0
+    import simdjson
+
+    kept, parse = 0, simdjson.Parser().parse
 
     def pieces() -> Iterator[np.ndarray]:
         nonlocal kept
         for chunk in source.chunks(0, path.stat().st_size):
-            lines = _where_json_lies(source, chunk, tally)
+            lines = _where_lines_lie(chunk)
+            if not _all_json(chunk.items, parse):
+                lines = lines[_judge(source, chunk, tally)]
+            tally.documents += len(chunk.items)
             kept += len(lines)
             yield lines
         if not kept:
@@ -136,22 +141,17 @@ def _unfit(path: Path) -> str:
     return "missing" if not path.exists() else "a folder" if path.is_dir() else "no such file"
 
 
-def _where_json_lies(source: Source, chunk: Chunk, tally: Tally) -> np.ndarray:
-    """Byte offset and length of the lines of a chunk that are JSON, int64 [N, 2]."""
+def _where_lines_lie(chunk: Chunk) -> np.ndarray:
+    """Byte offset and length, without the newline, of a chunk's lines, int64 [N, 2]."""
     lengths = np.fromiter(map(len, chunk.items), np.int64, len(chunk.items))
     offsets = (chunk.offset or 0) + np.cumsum(lengths) - lengths
     lengths -= 1  # the newline, which a last line may lack
     lengths[-1] += not chunk.items[-1].endswith(b"\n")
-    tally.documents += len(chunk.items)
-    lines = np.stack((offsets, lengths), 1)
-    return lines if _all_json(chunk.items) else lines[_judge(source, chunk, tally)]
+    return np.stack((offsets, lengths), 1)
 
 
-def _all_json(lines: Sequence[bytes]) -> bool:
+def _all_json(lines: Sequence[bytes], parse: Callable[[bytes], object]) -> bool:
     """Whether simdjson, the fastest to look and not to build, takes every line; it refuses some good ones."""
-    import simdjson
-
-    parse = simdjson.Parser().parse
     try:
         for line in lines:
             parse(line)

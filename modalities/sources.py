@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
 PORTION_BYTES = 64 << 20
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 19
 CHUNK_ROWS = 256
 UNKNOWN_BYTES = 256 << 20  # of a shard that does not tell
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
