@@ -12,18 +12,21 @@ import textwrap
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from tokenizers import Tokenizer
 from words import write_disagreeing, write_words
 
 from modalities import pbin
 from modalities.account import Account, read_account
-from modalities.encode import PackConfig
+from modalities.encode import PackConfig, make_job
 from modalities.pack import pack
-from modalities.sources import find_sources
+from modalities.sources import Table, find_sources
 from modalities.tokenizer import EOD, train_tokenizer
 
 TEXTS = [
@@ -104,7 +107,7 @@ def test_threads_and_portions_do_not_show(bpe: Path, tmp_path: Path, threads: in
 RANK = """
 import sys
 from pathlib import Path
-from modalities.encode import PackConfig
+from modalities.encode import PackConfig, make_job
 from modalities.pack import pack
 from modalities.sources import find_sources
 docs, out, tokenizer = map(Path, sys.argv[1:])
@@ -273,6 +276,29 @@ def test_empty_files_and_nothing_to_pack(bpe: Path, tmp_path: Path) -> None:
         ("2.jsonl", 1),
         ("3.jsonl", 0),
     ]
+
+
+def test_rows_are_counted_over_all_shards_of_a_dataset(bpe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "docs"
+    folder.mkdir()
+    for i, texts in enumerate((["a", "b", "c"], ["d", "e"], ["f", "g", None, "h"])):
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), folder / f"{i}.parquet")
+    table, config = Table(str(folder), column="text"), PackConfig(tokenizer=bpe)
+    with pytest.raises(ValueError, match=r"docs, row 8: field \.text is null"):
+        pack([table], tmp_path / "a.pbin", config, print)
+    pack([table], tmp_path / "a.pbin", replace(config, on_error="skip"), print)
+    assert json.loads((tmp_path / "a.pbin.skipped.jsonl").read_text())["row"] == 8
+    assert documents_of(tmp_path / "a.pbin") == expected("abcdefgh", bpe)
+
+
+def test_work_is_shared_by_bytes_whatever_holds_them(bpe: Path, tmp_path: Path) -> None:
+    for i in range(4):
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["some text"] * 1000}), tmp_path / f"{i}.parquet")
+    size = (tmp_path / "0.parquet").stat().st_size
+    (tmp_path / "4.jsonl").write_bytes(b'{"text": "x"}\n' * (4 * size // 14))
+    job = make_job(find_sources([tmp_path]), tmp_path / "a.pbin", PackConfig(tokenizer=bpe, portion_bytes=size))
+    shares = [[Path(portion.source.name).name for portion in job.share(rank, 2)] for rank in range(2)]
+    assert shares[0] == [f"{i}.parquet" for i in range(4)] and set(shares[1]) == {"4.jsonl"}
 
 
 def test_a_line_of_100_megabytes(bpe: Path, tmp_path: Path) -> None:
