@@ -70,6 +70,10 @@ class Portion(NamedTuple):
     begin: int
     end: int
 
+    @property
+    def num_bytes(self) -> int:
+        return self.source.num_bytes(self.begin, self.end)
+
 
 @dataclass(frozen=True)
 class Job:
@@ -91,7 +95,7 @@ class Job:
 
     def share(self, rank: int, ranks: int) -> list[Portion]:
         """The portions of one rank: a contiguous run, about as many bytes as every other rank's."""
-        sizes = np.array([p.source.num_bytes(p.begin, p.end) for p in self.portions], np.float64)
+        sizes = np.array([portion.num_bytes for portion in self.portions], np.float64)
         middles = (np.cumsum(sizes) - sizes / 2) / max(1, sizes.sum())
         owners = np.minimum(middles * ranks, ranks - 1).astype(int)
         return [portion for portion, owner in zip(self.portions, owners, strict=True) if owner == rank]

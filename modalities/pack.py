@@ -49,7 +49,8 @@ def pack(sources: Sequence[Source], out: Path, config: PackConfig, say: Callable
     """
     job = make_job(sources, out, config)
     if not ranks.is_main():
-        pbin.refuse_existing(out)
+        if out.exists():  # what that means is for the main rank to say
+            return None
         pack_share(job, workplace.wait_for_begin(job.folder, job.plan), lambda message: None)
         workplace.leave(job.folder)
         return None
@@ -106,7 +107,7 @@ def pack_portions(job: Job, engine: str, portions: Sequence[Portion]) -> None:
 
     encode, switch = make_encode(job, engine), job.folder / USE_TOKENIZERS
     waiting: deque[Reading] = deque()
-    size = sum(portion.end - portion.begin for portion in portions)
+    size = sum(portion.num_bytes for portion in portions)
     bar = tqdm(total=size, desc=job.out.name, unit="B", unit_scale=True, disable=None, leave=False)
     stem = job.folder / f"{ranks.rank()}.{engine}"
     with Writer(stem) as writer, bar, ThreadPoolExecutor(job.config.num_threads, "encode") as pool:
@@ -117,7 +118,7 @@ def pack_portions(job: Job, engine: str, portions: Sequence[Portion]) -> None:
                 write(job, writer, portion, chunk, encoded.result())
                 return
             writer.finish(portion.number)
-            bar.update(portion.end - portion.begin)
+            bar.update(portion.num_bytes)
             if engine != "tokenizers" and switch.exists():
                 raise EnginesDiffer("fastokens gives other ids than tokenizers on another rank")
 

@@ -1,7 +1,7 @@
 """Tokenizers: a `tokenizer.json` checked and made ready, two engines that encode with it in bulk, and one's training.
 
 An engine turns texts into token ids, each text ended by the end-of-document token. `tokenizers` is the reference;
-`fastokens` is some fifty times faster, and `disagreement` says whether its ids are the same.
+`fastokens` is tens of times faster, and `disagreement` says whether its ids are the same.
 """
 
 import functools

@@ -436,9 +436,10 @@ def test_killed_while_the_files_are_put_in_place(bpe: Path, tmp_path: Path, at: 
     before = KILLED.replace("AT", f"{at}").replace("ENDING", repr(f"/{ending}"))
     assert start(docs, out, bpe, before=before).wait(60) == -signal.SIGKILL
     assert (tmp_path / "a.pbin.parts").exists()
-    account, _ = run(docs, out, bpe, portion_bytes=900)
+    ranks = [start(docs, out, bpe, rank, 2) for rank in range(2)]  # as many as come
+    assert [process.wait(60) for process in ranks] == [0, 0]
     assert documents_of(out) == expected(TEXTS, bpe)
-    assert account.packed == len(TEXTS)
+    assert read_account(tmp_path / "a.pbin.json").packed == len(TEXTS)
     left = [name for name in os.listdir(tmp_path) if not name.endswith(".tmp")]
     assert sorted(left) == ["a.jsonl", "a.pbin", "a.pbin.json"]
 
