@@ -1,5 +1,10 @@
 """From raw documents to `.idx` and `.pbin` files: `python prep.py --help`."""
 
+import os
+
+# No command here multiplies matrices, and BLAS's threads would spin at the start. numpy reads this when it is imported.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 from modalities import cli, ranks
 from modalities.commands import COMMANDS
 

@@ -85,6 +85,33 @@ def index(docs: Path, out: Path, **_: Any) -> Callable[[], object]:
     return lambda: write_index(docs, out, Tally())
 
 
+def look(docs: Path, **_: Any) -> Callable[[], object]:
+    """The parser of the index, fed with lines from memory."""
+    import simdjson
+
+    lines = docs.open("rb").readlines()
+    parse = simdjson.Parser().parse
+
+    def run() -> None:
+        for line in lines:
+            parse(line)
+
+    return run
+
+
+def parse(docs: Path, **_: Any) -> Callable[[], object]:
+    """The parser of the packing, fed with lines from memory; the texts are thrown away."""
+    import orjson
+
+    lines = docs.open("rb").readlines()
+
+    def run() -> None:
+        for line in lines:
+            orjson.loads(line)["text"]
+
+    return run
+
+
 # What follows runs where `--modalities` leads: its package has the same name as ours.
 def index_modalities(docs: Path, out: Path, **_: Any) -> Callable[[], object]:
     make_index = import_module("modalities.dataloader.create_index").IndexGenerator
@@ -182,7 +209,7 @@ def bare_stream(docs: Path, tokenizer: Path, threads: int, **_: Any) -> Callable
 
 
 CONTESTANTS: dict[str, Callable[..., Callable[[], object]]] = {
-    f.__name__: f for f in (index, index_modalities, pack, bare, bare_stream, pack_modalities)
+    f.__name__: f for f in (index, look, parse, index_modalities, pack, bare, bare_stream, pack_modalities)
 }
 
 
@@ -230,10 +257,11 @@ def measure(
     found: dict[str, list[Figures]] = {label: [] for label in contestants}
     for _ in range(repeats):
         for label, (name, arguments) in contestants.items():
-            environment = os.environ | {"PYTHONPATH": str(ROOT)}
+            # As prep.py does, for all.
+            environment = os.environ | {"PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"}
             if "modalities" in name:
                 assert path is not None
-                environment = os.environ | {"PYTHONPATH": path}
+                environment["PYTHONPATH"] = path
             command = [sys.executable, __file__, "--contest", name, json.dumps(arguments)]
             done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/")
             if done.returncode:
@@ -293,10 +321,12 @@ def main(
     contestants: dict[str, tuple[str, dict[str, Any]]] = {}
     if table == "index":
         contestants["prep.py index"] = ("index", common)
+        contestants["simdjson alone"] = ("look", common)
         if modalities:
             contestants["Modalities"] = ("index_modalities", common)
     elif table == "pack":
         contestants["prep.py pack, fastokens"] = packing("pack", "fastokens")
+        contestants["orjson alone"] = ("parse", common)
         contestants["fastokens alone"] = packing("bare", "fastokens")
     elif table == "slow":
         contestants["prep.py pack, fastokens"] = packing("pack", "fastokens")

@@ -51,6 +51,11 @@ class Spec:
         """Of a token in a file."""
         return np.dtype(f"<u{pbin.token_size(self.vocab_size)}")
 
+    @property
+    def eod_bytes(self) -> bytes:
+        """The end-of-document token in a file."""
+        return self.eod_id.to_bytes(self.dtype.itemsize, "little")
+
 
 def read_spec(path: Path, eod: str) -> Spec:
     """Read and check `path`; `ValueError` if it is no tokenizer, or has no token `eod`."""
@@ -142,11 +147,12 @@ def _ended(tokens: np.ndarray, bounds: np.ndarray, spec: Spec) -> Ids:
     lengths = np.diff(bounds)
     lacking = lengths > 0
     lacking[lacking] = tokens[bounds[1:][lacking] - 1] != spec.eod_id
-    ended = np.full(len(tokens) + lacking.sum(), spec.eod_id, spec.dtype)
-    to = bounds[:-1] + np.cumsum(lacking) - lacking
-    for begin, end, at in np.stack((bounds[:-1], bounds[1:], to), 1).tolist():
-        ended[at : at + end - begin] = tokens[begin:end]
-    return Ids(ended, lengths + lacking)
+    data, pieces, begin = tokens.astype(spec.dtype).view(np.uint8).data, list[bytes | memoryview](), 0
+    for end in (bounds[1:][lacking] * spec.dtype.itemsize).tolist():
+        pieces += data[begin:end], spec.eod_bytes
+        begin = end
+    # Joined as bytes: numpy's insert takes twice as long.
+    return Ids(np.frombuffer(b"".join((*pieces, data[begin:])), spec.dtype), lengths + lacking)
 
 
 def disagreement(engine: Engine, reference: Engine, texts: Sequence[str]) -> int | None:
