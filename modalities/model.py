@@ -1,20 +1,65 @@
 """The Transformer: what it computes, its initial weights, its parameter and FLOP counts.
 
-It knows nothing of parallelism, precision, loss or optimizer. Shapes are in the names: B batch · T position · D width ·
-H query heads · K key/value heads · E head dim · F hidden width of the MLP · V padded vocabulary · S position looked at.
+One class is GPT-2, Llama, Mistral, Qwen2 and Qwen3, by its config alone; `presets.py` has theirs. It knows nothing of
+parallelism, precision, loss or optimizer. Shapes are in the names: B batch · T position · D width · H query heads ·
+K key/value heads · E head dim · F hidden width of the MLP · V padded vocabulary · S position looked at.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modalities.attention import Backend, Mask, attention, make_mask
+
 VOCAB_MULTIPLE = 128
-SIZES = ("vocab_size", "num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "mlp_width", "max_seq_len")
+SIZES = (
+    "vocab_size", "num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "mlp_width", "max_seq_len", "window",
+)  # fmt: skip
 Rope = tuple[Tensor, Tensor] | None
+Head = Callable[[Tensor, Tensor], Any]
+"""What becomes of the last hidden states [B, T, D] and the head's weight [V, D], padding rows included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How RoPE's wavelengths are stretched, so that a model reads longer texts than it was trained on."""
+
+    kind: Literal["none", "linear", "llama3", "yarn"] = "none"
+    """linear: all alike (Chen et al., arXiv 2306.15595); llama3: the long ones; yarn: Peng et al., arXiv 2309.00071."""
+    factor: float = 1.0
+    """How many times longer texts become."""
+    original_seq_len: int = 8192
+    """llama3, yarn: the longest text of the training before [tokens]."""
+    low_freq_factor: float = 1.0
+    """llama3: wavelengths over original_seq_len / this are stretched in full."""
+    high_freq_factor: float = 4.0
+    """llama3: wavelengths under original_seq_len / this are left as they are."""
+    beta_fast: float = 32.0
+    """yarn: what turns more often than this within original_seq_len is left as it is [turns]."""
+    beta_slow: float = 1.0
+    """yarn: what turns less often than this is stretched in full [turns]."""
+    attention_factor: float = 0.0
+    """yarn: queries and keys are multiplied by this; 0: 0.1 ln(factor) + 1."""
+
+    def __post_init__(self) -> None:
+        for name in ("factor", "original_seq_len", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"model.rope_scaling.{name} is {getattr(self, name)}, but must be positive")
+        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+            if not getattr(self, low) < getattr(self, high):
+                raise ValueError(
+                    f"model.rope_scaling.{low} is {getattr(self, low)}, but must be less than {high} "
+                    f"{getattr(self, high)}"
+                )
+        if self.attention_factor < 0:
+            raise ValueError(
+                f"model.rope_scaling.attention_factor is {self.attention_factor}, but must not be negative"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,18 +90,31 @@ class ModelConfig:
     """Rotary (RoPE, angles in fp32), a learned table added to the embedding, or none (NoPE)."""
     rope_theta: float = 10_000.0
     """Base of RoPE's wavelengths."""
+    rope_scaling: RopeScaling = RopeScaling()
+    window: int | None = None
+    """Sliding window: a token sees itself and the tokens before it, so many in all; None: the whole text so far."""
     activation: Literal["swiglu", "gelu", "gelu_tanh"] = "swiglu"
     """Gated SiLU (three matrices), GELU, or GPT-2's tanh approximation of it (two matrices)."""
     qk_norm: bool = False
     """RMSNorm over the features of each query and key head, before RoPE."""
     bias: bool = False
     """Biases in linear layers and in LayerNorm."""
+    qkv_bias: bool = False
+    """Biases in the projections to queries, keys and values alone, as in Qwen2."""
     tied: bool = True
     """The output head is the embedding, transposed."""
-    dropout: float = 0.0
-    """Probability of dropping embeddings, attention weights and block outputs; off in evaluation."""
+    logit_softcap: float = 0.0
+    """Logits become softcap × tanh(logits / softcap), as in Gemma 2; 0: they stay as they are."""
+    embed_dropout: float = 0.0
+    """Probability of dropping features of the embeddings; off in evaluation, as the next two."""
+    attn_dropout: float = 0.0
+    """Probability of dropping attention weights."""
+    resid_dropout: float = 0.0
+    """Probability of dropping features of what a block adds to the residual stream."""
     init_std: float = 0.02
     """Standard deviation of initial weights; the projections into the residual stream have it over sqrt(2 × layers)."""
+    attention: Backend = "auto"
+    """What computes attention; all give the same. `attention.py` says what each needs."""
 
     def __post_init__(self) -> None:
         for name in SIZES:
@@ -75,8 +133,17 @@ class ModelConfig:
             raise ValueError(f"model.num_kv_heads {self.kv_heads} does not divide model.num_heads {self.num_heads}")
         if self.positions == "rope" and self.head_width % 2:
             raise ValueError(f"model.head_dim is {self.head_width}, but RoPE rotates pairs of features: make it even")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"model.dropout is {self.dropout}, but must be in [0, 1)")
+        if self.rope_scaling.kind != "none" and self.positions != "rope":
+            raise ValueError(f"model.rope_scaling is for positions 'rope', but model.positions is {self.positions!r}")
+        if self.bias and self.qkv_bias:
+            raise ValueError("model.bias has the biases of model.qkv_bias already; set one of them")
+        if self.logit_softcap < 0:
+            raise ValueError(f"model.logit_softcap is {self.logit_softcap}, but must not be negative")
+        for name in ("embed_dropout", "attn_dropout", "resid_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"model.{name} is {getattr(self, name)}, but must be in [0, 1)")
+        if self.attn_dropout and self.attention in ("flex", "flash"):
+            raise ValueError(f"model.attn_dropout needs model.attention manual or sdpa, not {self.attention}")
 
     @property
     def kv_heads(self) -> int:
@@ -98,18 +165,77 @@ class ModelConfig:
         return VOCAB_MULTIPLE * math.ceil(self.vocab_size / VOCAB_MULTIPLE)
 
 
-def rope_cos_sin(positions_BT: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, T, 1, head_dim/2] of RoPE's angles, in fp32: bf16 would be off by up to π at T = 4,096.
+class Cache:
+    """Keys and values of the tokens that a model has read, with room for `max_len`; a forward pass appends to it."""
 
-    Source: Su et al., "RoFormer", arXiv 2104.09864, with the halves of a head rotated against each other as in Llama.
+    def __init__(
+        self, config: ModelConfig, batch_size: int, max_len: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (config.num_layers, 2, batch_size, max_len, config.kv_heads, config.head_width)
+        self.kv_L2BSKE = torch.zeros(shape, dtype=dtype, device=device)
+        self.documents_BS = torch.zeros((batch_size, max_len), dtype=torch.long, device=device)
+        self.length = 0
+        """Tokens in it."""
+        self.one_document = True
+
+    def append(self, layer: int, k_BTKE: Tensor, v_BTKE: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values [B, S, K, E] of a layer, those of the T new tokens included."""
+        end = self.length + k_BTKE.shape[1]
+        k_BSKE, v_BSKE = self.kv_L2BSKE[layer, :, :, :end]
+        k_BSKE[:, self.length :], v_BSKE[:, self.length :] = k_BTKE, v_BTKE
+        return k_BSKE, v_BSKE
+
+    def append_documents(self, num_tokens: int, documents_BT: Tensor | None) -> Tensor | None:
+        """The documents of all keys, int64 [B, S]; None while all of them are of one."""
+        end = self.length + num_tokens
+        if end > self.documents_BS.shape[1]:
+            raise ValueError(f"a cache of {self.documents_BS.shape[1]} tokens has no room for {end}")
+        if documents_BT is not None:
+            self.documents_BS[:, self.length : end], self.one_document = documents_BT, False
+        return None if self.one_document else self.documents_BS[:, :end]
+
+
+def rope_frequencies(config: ModelConfig, device: torch.device) -> tuple[Tensor, float]:
+    """RoPE's angle per position [E/2], fp32, and what its cos and sin are multiplied by.
+
+    Sources: Su et al., "RoFormer", arXiv 2104.09864; `RopeScaling` names those of the scalings.
     """
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions_BT.device) / head_dim
-    angle = positions_BT[..., None].float() * theta**-exponent
-    return angle.cos()[:, :, None], angle.sin()[:, :, None]
+    scaling, head_dim, theta = config.rope_scaling, config.head_width, config.rope_theta
+    frequency = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    if scaling.kind == "none":
+        return frequency, 1.0
+    stretched = frequency / scaling.factor
+    if scaling.kind == "linear":
+        return stretched, 1.0
+    if scaling.kind == "llama3":
+        turns = frequency * (scaling.original_seq_len / (2 * math.pi))
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        kept, factor = ((turns - low) / (high - low)).clamp(0, 1), 1.0
+    else:
+
+        def dim_of(turns: float) -> float:
+            """The pair of features that turns so often within the original length."""
+            return head_dim * math.log(scaling.original_seq_len / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+        low, high = (
+            max(math.floor(dim_of(scaling.beta_fast)), 0),
+            min(math.ceil(dim_of(scaling.beta_slow)), head_dim - 1),
+        )
+        pair = torch.arange(head_dim // 2, dtype=torch.float32, device=device)
+        kept = 1 - ((pair - low) / max(high - low, 1e-3)).clamp(0, 1)
+        factor = scaling.attention_factor or 0.1 * math.log(max(scaling.factor, 1.0)) + 1
+    return kept * frequency + (1 - kept) * stretched, factor
+
+
+def rope_cos_sin(positions_BT: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin [B, T, 1, E/2] of RoPE's angles, in fp32: bf16 would be off by up to π at T = 4,096."""
+    frequency, factor = rope_frequencies(config, positions_BT.device)
+    angle = positions_BT[..., None].float() * frequency
+    return (angle.cos() * factor)[:, :, None], (angle.sin() * factor)[:, :, None]
 
 
 def rotate(x_BTHE: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """RoPE applied to heads: in fp32, returned in the dtype of `x`."""
+    """RoPE: the halves of a head turn against each other, as in Llama; in fp32, returned in the dtype of `x`."""
     cos, sin = rope
     a, b = x_BTHE.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_BTHE.dtype)
@@ -126,37 +252,32 @@ def make_norm(config: ModelConfig, features: int) -> nn.Module:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped key/value heads, or attention to what a mask [B, 1, T, S] lets it see."""
+    """Causal self-attention with grouped key/value heads."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.layer = config, layer
         q_width, kv_width = config.num_heads * config.head_width, config.kv_heads * config.head_width
-        self.wq = nn.Linear(config.width, q_width, bias=config.bias)
-        self.wk = nn.Linear(config.width, kv_width, bias=config.bias)
-        self.wv = nn.Linear(config.width, kv_width, bias=config.bias)
+        qkv_bias = config.bias or config.qkv_bias
+        self.wq = nn.Linear(config.width, q_width, bias=qkv_bias)
+        self.wk = nn.Linear(config.width, kv_width, bias=qkv_bias)
+        self.wv = nn.Linear(config.width, kv_width, bias=qkv_bias)
         self.wo = nn.Linear(q_width, config.width, bias=config.bias)
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(config.head_width, eps=config.norm_eps)
             self.k_norm = nn.RMSNorm(config.head_width, eps=config.norm_eps)
 
-    def forward(self, x_BTD: Tensor, rope: Rope, visible_B1TS: Tensor | None, train: bool) -> Tensor:
+    def forward(self, x_BTD: Tensor, rope: Rope, mask: Mask, cache: Cache | None, train: bool) -> Tensor:
         heads = (*x_BTD.shape[:2], -1, self.config.head_width)
-        q_BTHE, k_BTKE, v_BTKE = (w(x_BTD).view(heads) for w in (self.wq, self.wk, self.wv))
+        q_BTHE, k_BSKE, v_BSKE = (w(x_BTD).view(heads) for w in (self.wq, self.wk, self.wv))
         if self.config.qk_norm:
-            q_BTHE, k_BTKE = self.q_norm(q_BTHE), self.k_norm(k_BTKE)
+            q_BTHE, k_BSKE = self.q_norm(q_BTHE), self.k_norm(k_BSKE)
         if rope is not None:
-            q_BTHE, k_BTKE = rotate(q_BTHE, rope), rotate(k_BTKE, rope)
-        out_BHTE = F.scaled_dot_product_attention(
-            q_BTHE.transpose(1, 2),
-            k_BTKE.transpose(1, 2),
-            v_BTKE.transpose(1, 2),
-            attn_mask=visible_B1TS,
-            is_causal=visible_B1TS is None,
-            dropout_p=self.config.dropout if train else 0.0,
-            enable_gqa=self.config.kv_heads != self.config.num_heads,
-        )
-        return self.wo(out_BHTE.transpose(1, 2).flatten(2))
+            q_BTHE, k_BSKE = rotate(q_BTHE, rope), rotate(k_BSKE, rope)
+        if cache is not None:
+            k_BSKE, v_BSKE = cache.append(self.layer, k_BSKE, v_BSKE)
+        out_BTHE = attention(q_BTHE, k_BSKE, v_BSKE, mask, self.config.attn_dropout if train else 0.0)
+        return self.wo(out_BTHE.flatten(2))
 
 
 class MLP(nn.Module):
@@ -178,16 +299,16 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.dropout = config.dropout
+        self.dropout = config.resid_dropout
         self.attn_norm = make_norm(config, config.width)
-        self.attn = Attention(config)
+        self.attn = Attention(config, layer)
         self.mlp_norm = make_norm(config, config.width)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTD: Tensor, rope: Rope, visible_B1TS: Tensor | None, train: bool) -> Tensor:
-        x_BTD = x_BTD + drop(self.attn(self.attn_norm(x_BTD), rope, visible_B1TS, train), self.dropout, train)
+    def forward(self, x_BTD: Tensor, rope: Rope, mask: Mask, cache: Cache | None, train: bool) -> Tensor:
+        x_BTD = x_BTD + drop(self.attn(self.attn_norm(x_BTD), rope, mask, cache, train), self.dropout, train)
         return x_BTD + drop(self.mlp(self.mlp_norm(x_BTD)), self.dropout, train)
 
 
@@ -204,7 +325,7 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(config.padded_vocab_size, config.width)
         if config.positions == "learned":
             self.positions = nn.Embedding(config.max_seq_len, config.width)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.final_norm = make_norm(config, config.width)
         if not config.tied:
             self.head = nn.Linear(config.width, config.padded_vocab_size, bias=False)
@@ -216,21 +337,41 @@ class Transformer(nn.Module):
         documents_BT: Tensor | None = None,
         *,
         train: bool = False,
-    ) -> Tensor:
-        """Logits [B, T, V]. `train`: dropout; `positions`: by default 0 … T-1; attention stays within a document."""
-        config, visible_B1TS = self.config, None
-        if documents_BT is not None:
-            visible_B1TS = (documents_BT[:, None, :, None] == documents_BT[:, None, None, :]).tril()
+        cache: Cache | None = None,
+        head: Head | None = None,
+    ) -> Any:
+        """Logits [B, T, vocab_size], or what `head` makes of the last hidden states and the head's weight.
+
+        `positions`: by default 0 … T-1; `documents`: attention stays within one, and -1 is padding; `train`: dropout.
+        With a `cache` the tokens come after those in it, and are appended.
+        """
+        config, seq_len, device = self.config, tokens_BT.shape[1], tokens_BT.device
+        past = 0 if cache is None else cache.length
+        keys_BS = documents_BT
+        if cache is not None:
+            keys_BS = cache.append_documents(seq_len, documents_BT)
+            if documents_BT is None and keys_BS is not None:
+                documents_BT = torch.zeros_like(tokens_BT)
+        mask = make_mask(config.attention, seq_len, past + seq_len, config.window, documents_BT, keys_BS, device)
         if positions_BT is None:
-            positions_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
+            positions_BT = torch.arange(past, past + seq_len, device=device)[None]
         x_BTD = self.embed(tokens_BT)
         if config.positions == "learned":
             x_BTD = x_BTD + self.positions(positions_BT)
-        rope = rope_cos_sin(positions_BT, config.head_width, config.rope_theta) if config.positions == "rope" else None
-        x_BTD = drop(x_BTD, config.dropout, train)
+        rope = rope_cos_sin(positions_BT, config) if config.positions == "rope" else None
+        x_BTD = drop(x_BTD, config.embed_dropout, train)
         for block in self.blocks:
-            x_BTD = block(x_BTD, rope, visible_B1TS, train)
-        return F.linear(self.final_norm(x_BTD), self.embed.weight if config.tied else self.head.weight)
+            x_BTD = block(x_BTD, rope, mask, cache, train)
+        if cache is not None:
+            cache.length += seq_len
+        weight_VD = self.embed.weight if config.tied else self.head.weight
+        return (head or self.logits)(self.final_norm(x_BTD), weight_VD)
+
+    def logits(self, hidden_BTD: Tensor, weight_VD: Tensor) -> Tensor:
+        """Logits [B, T, vocab_size]. The padding's are left out, for no other tool would count them."""
+        logits_BTV = F.linear(hidden_BTD, weight_VD)[..., : self.config.vocab_size]
+        cap = self.config.logit_softcap
+        return cap * torch.tanh(logits_BTV / cap) if cap else logits_BTV
 
     def sharding_units(self) -> list[nn.Module]:
         """What is gathered, computed and freed together when the model is sharded; the rest belongs to the root."""
@@ -263,8 +404,10 @@ def num_params(config: ModelConfig) -> int:
     """Parameters, a tied head counted once."""
     linear_bias = 0
     if config.bias:
-        linear_bias = (config.num_heads + 2 * config.kv_heads) * config.head_width + config.width  # q k v o
+        linear_bias = config.width  # wo
         linear_bias += config.mlp_hidden * (2 if config.activation == "swiglu" else 1) + config.width
+    if config.bias or config.qkv_bias:
+        linear_bias += (config.num_heads + 2 * config.kv_heads) * config.head_width
     norm = config.width * (2 if config.norm == "layernorm" and config.bias else 1)
     qk_norm = 2 * config.head_width if config.qk_norm else 0
     block = _matmul_weights_per_block(config) + linear_bias + 2 * norm + qk_norm

@@ -7,6 +7,7 @@ The model is applied by `torch.func.functional_call`. Its gradient has two imple
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from modalities.loss import (
     cross_entropy_sum,
     sums_by_source,
 )
-from modalities.model import Transformer
+from modalities.model import Cache, Head, Transformer
 from modalities.optim import Optimizer, OptState, Params, clip_by_global_norm, local
 from modalities.rng import fold
 
@@ -67,14 +68,17 @@ def apply(
     train: bool,
     positions_BT: Tensor | None = None,
     documents_BT: Tensor | None = None,
-) -> Tensor:
-    """Logits [B, T, V] of `model` with `weights` in place of its own; under FSDP2 they must be its own shards."""
+    cache: Cache | None = None,
+    head: Head | None = None,
+) -> Any:
+    """What `model` computes with `weights` in place of its own; under FSDP2 they must be its own shards."""
+    options = {"train": train, "cache": cache, "head": head}
     # A copy of the dict, for FSDP2 puts the gathered weights of the root into the one that is given.
-    logits_BTV = functional_call(model, dict(weights), (tokens_BT, positions_BT, documents_BT), {"train": train})
+    out = functional_call(model, dict(weights), (tokens_BT, positions_BT, documents_BT), options)
     if isinstance(model, FSDPModule) and not torch.is_grad_enabled():
         # functional_call gave the root its shards back, which FSDP2 holds to be gathered until a backward pass.
         model.reshard()
-    return logits_BTV
+    return out
 
 
 def cast(model: Transformer, params: Params, compute_dtype: torch.dtype) -> Params:

@@ -13,16 +13,20 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from modalities.attention import make_mask
 from modalities.fsdp import init_params
 from modalities.model import (
     Attention,
+    Cache,
     ModelConfig,
+    RopeScaling,
     Transformer,
     build_skeleton,
     drop,
     flops_per_token,
     num_params,
     rope_cos_sin,
+    rope_frequencies,
     rotate,
 )
 from modalities.optim import Params
@@ -114,7 +118,7 @@ def test_the_vocabulary_is_padded_to_a_multiple_of_128(vocab_size: int, padded: 
     assert config.padded_vocab_size == padded
     shapes = {name: tuple(p.shape) for name, p in build_skeleton(config).named_parameters()}
     assert shapes["embed.weight"] == shapes["head.weight"] == (padded, 32)
-    assert build_skeleton(config)(torch.zeros(2, 3, dtype=torch.long, device="meta")).shape == (2, 3, padded)
+    assert build_skeleton(config)(torch.zeros(2, 3, dtype=torch.long, device="meta")).shape == (2, 3, vocab_size)
 
 
 # ------------------------------------------------------------------------------------------------------------ attention
@@ -131,7 +135,7 @@ def test_causality_through_gradients(fields: dict[str, Any]) -> None:
     handle = model.embed.register_forward_hook(lambda *_: embedded_BTD)
     logits_BTV = functional_call(model, params, (tokens_BT,))
     handle.remove()
-    weight_V = torch.randn(config.padded_vocab_size, generator=torch.Generator().manual_seed(2))
+    weight_V = torch.randn(config.vocab_size, generator=torch.Generator().manual_seed(2))
     for t in range(9):
         (grad_BTD,) = torch.autograd.grad(logits_BTV[1, t] @ weight_V, embedded_BTD, retain_graph=True)
         norms_BT = grad_BTD.norm(dim=-1)
@@ -170,9 +174,13 @@ def angles_in_float64(positions_T: Tensor, head_dim: int, theta: float) -> Tenso
     return positions_T.double()[:, None] / theta**exponent
 
 
+def turns_of(head_dim: int, theta: float = 10_000.0) -> tuple[Tensor, Tensor]:
+    return rope_cos_sin(torch.arange(4096)[None], small(head_dim=head_dim, rope_theta=theta))
+
+
 @pytest.mark.parametrize(("head_dim", "theta"), [(64, 10_000.0), (128, 10_000.0), (128, 500_000.0)])
 def test_rope_angles_at_4096_tokens(head_dim: int, theta: float) -> None:
-    cos, sin = rope_cos_sin(torch.arange(4096)[None], head_dim, theta)
+    cos, sin = turns_of(head_dim, theta)
     assert cos.dtype == sin.dtype == torch.float32
     assert cos.shape == sin.shape == (1, 4096, 1, head_dim // 2)
     angles = angles_in_float64(torch.arange(4096), head_dim, theta)
@@ -183,7 +191,7 @@ def test_rope_angles_at_4096_tokens(head_dim: int, theta: float) -> None:
 
 def test_rope_in_bf16_is_computed_in_fp32() -> None:
     x_BTHE = torch.randn(2, 4096, 1, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
-    rope = rope_cos_sin(torch.arange(4096)[None], 64, 10_000.0)
+    rope = turns_of(64)
     rotated = rotate(x_BTHE, rope)
     assert rotated.dtype == torch.bfloat16
     assert torch.equal(rotated, rotate(x_BTHE.float(), rope).bfloat16())
@@ -202,12 +210,12 @@ def test_scores_depend_on_the_distance_alone() -> None:
     exact = scores((angles.cos(), angles.sin()))
     torch.testing.assert_close(exact, exact[:1].expand(4089), rtol=0, atol=1e-10)
     assert (exact[0] - q_E @ k_E).abs() > 0.1, "the distance had no effect"
-    torch.testing.assert_close(scores(rope_cos_sin(torch.arange(4096)[None], 64, 10_000.0)), exact, rtol=0, atol=2e-3)
+    torch.testing.assert_close(scores(turns_of(64)), exact, rtol=0, atol=2e-3)
 
 
 def test_rotation_keeps_norms() -> None:
     x_BTHE = torch.randn(2, 4096, 3, 64, generator=torch.Generator().manual_seed(0))
-    rotated = rotate(x_BTHE, rope_cos_sin(torch.arange(4096)[None], 64, 10_000.0))
+    rotated = rotate(x_BTHE, turns_of(64))
     torch.testing.assert_close(rotated.norm(dim=-1), x_BTHE.norm(dim=-1), rtol=1e-6, atol=0)
     assert torch.equal(rotated[:, 0], x_BTHE[:, 0]), "position 0 is not turned"
 
@@ -262,7 +270,7 @@ def test_gradients_do_not_cross_documents(fields: dict[str, Any]) -> None:
     handle = model.embed.register_forward_hook(lambda *_: embedded_BTD)
     logits_BTV = functional_call(model, params, (tokens_BT, positions_BT, documents_BT))
     handle.remove()
-    weight_V = torch.randn(config.padded_vocab_size, generator=torch.Generator().manual_seed(2))
+    weight_V = torch.randn(config.vocab_size, generator=torch.Generator().manual_seed(2))
     for t in range(12):
         (grad_BTD,) = torch.autograd.grad(logits_BTV[0, t] @ weight_V, embedded_BTD, retain_graph=True)
         looked_at_T = (documents_BT[0] == documents_BT[0, t]) & (torch.arange(12) <= t)
@@ -283,7 +291,7 @@ def test_padding_is_a_document_and_gives_no_nan() -> None:
 
 def test_dropout_is_off_unless_it_trains() -> None:
     tokens_BT = random_tokens(2, 12)
-    dropping, plain = small(dropout=0.3), small()
+    dropping, plain = small(embed_dropout=0.3, attn_dropout=0.3, resid_dropout=0.3), small()
     params = random_params(plain, torch.float32)
     expected = logits_of(plain, params, tokens_BT)
     assert torch.equal(logits_of(dropping, params, tokens_BT), expected)
@@ -301,15 +309,16 @@ def test_dropout_is_off_unless_it_trains() -> None:
 
 
 def test_dropout_reaches_the_attention_weights() -> None:
-    config = small(dropout=0.3)
-    attention = Attention(config)  # a block drops its output outside of it
+    config = small(embed_dropout=0.3, attn_dropout=0.3, resid_dropout=0.3)
+    attention = Attention(config, layer=0)  # a block drops its output outside of it
     x_BTD = torch.randn(1, 6, 32, generator=torch.Generator().manual_seed(0))
-    rope = rope_cos_sin(torch.arange(6)[None], 8, 10_000.0)
+    rope = rope_cos_sin(torch.arange(6)[None], config)
+    mask = make_mask("auto", 6, 6, None, None, None, torch.device("cpu"))
     torch.manual_seed(0)
     with torch.no_grad():
-        plain = attention(x_BTD, rope, None, False)
-        assert torch.equal(attention(x_BTD, rope, None, False), plain)
-        draws = torch.cat([attention(x_BTD, rope, None, True) for _ in range(4000)])
+        plain = attention(x_BTD, rope, mask, None, False)
+        assert torch.equal(attention(x_BTD, rope, mask, None, False), plain)
+        draws = torch.cat([attention(x_BTD, rope, mask, None, True) for _ in range(4000)])
     assert bool((draws.std(0) > 0.01).all())
     assert ((draws.mean(0) - plain).abs() < 6 * draws.std(0) / math.sqrt(4000)).all()
 
@@ -385,7 +394,7 @@ def gpt2_reference(params: Params, tokens_T: Tensor, num_layers: int, num_heads:
         h = linear(norm(x, f"{b}.mlp_norm"), f"{b}.mlp.w_up")
         gelu = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
         x = x + linear(gelu, f"{b}.mlp.w_down")
-    return norm(x, "final_norm") @ params["embed.weight"].T
+    return norm(x, "final_norm") @ params["embed.weight"][:200].T
 
 
 def llama_reference(params: Params, tokens_T: Tensor, num_layers: int, num_heads: int, num_kv_heads: int) -> Tensor:
@@ -413,7 +422,7 @@ def llama_reference(params: Params, tokens_T: Tensor, num_layers: int, num_heads
         y = norm(x, f"{b}.mlp_norm")
         gate, up = y @ params[f"{b}.mlp.w_gate.weight"].T, y @ params[f"{b}.mlp.w_up.weight"].T
         x = x + (gate / (1 + torch.exp(-gate)) * up) @ params[f"{b}.mlp.w_down.weight"].T
-    return norm(x, "final_norm") @ params["head.weight"].T
+    return norm(x, "final_norm") @ params["head.weight"][:200].T
 
 
 @pytest.mark.parametrize(
@@ -435,6 +444,95 @@ def test_logits_equal_a_reference_written_out(
     torch.testing.assert_close(in_float64, expected, rtol=0, atol=bound)
     in_float32 = logits_of(config, {name: p.float() for name, p in params.items()}, tokens_T[None])[0]
     torch.testing.assert_close(in_float32.double(), expected, rtol=0, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------- cache
+
+
+CACHED: list[dict[str, Any]] = [*KINDS, {"window": 5, "num_kv_heads": 2}, {"logit_softcap": 5.0, "qkv_bias": True}]
+
+
+@pytest.mark.parametrize("fields", CACHED)
+def test_a_cache_changes_nothing(fields: dict[str, Any]) -> None:
+    """The logits of 14 tokens at once, and of 1, 6, 1, 1 and 5 of them in turn."""
+    config = small(**fields)
+    params, tokens_BT = random_params(config), random_tokens(2, 14)
+    cache = Cache(config, 2, 14, torch.float64, torch.device("cpu"))
+    with torch.no_grad():
+        pieces = [
+            functional_call(build_skeleton(config), params, (part,), {"cache": cache})
+            for part in tokens_BT.split([1, 6, 1, 1, 5], dim=1)
+        ]
+    torch.testing.assert_close(torch.cat(pieces, 1), logits_of(config, params, tokens_BT), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="a cache of 14 tokens has no room for 15"):
+        functional_call(build_skeleton(config), params, (tokens_BT[:, :1],), {"cache": cache})
+
+
+@pytest.mark.parametrize("fields", CACHED)
+def test_padding_on_the_left_changes_nothing(fields: dict[str, Any]) -> None:
+    config = small(**fields)
+    params, tokens_BT = random_params(config), random_tokens(2, 14)
+    documents_BT = torch.zeros_like(tokens_BT)
+    documents_BT[1, :4] = -1
+    positions_BT = torch.stack((torch.arange(14), torch.arange(-4, 10).clamp(min=0)))
+    cache, model = Cache(config, 2, 14, torch.float64, torch.device("cpu")), build_skeleton(config)
+    with torch.no_grad():
+        first = functional_call(
+            model, params, (tokens_BT[:, :10], positions_BT[:, :10], documents_BT[:, :10]), {"cache": cache}
+        )
+        # What comes after the padding is of document 0, as it is without a word.
+        rest = functional_call(model, params, (tokens_BT[:, 10:], positions_BT[:, 10:]), {"cache": cache})
+    logits_BTV = torch.cat((first, rest), 1)
+    torch.testing.assert_close(logits_BTV[:1], logits_of(config, params, tokens_BT[:1]), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits_BTV[1:, 4:], logits_of(config, params, tokens_BT[1:, 4:]), rtol=0, atol=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------------- what is rarer
+
+
+def test_a_head_gets_the_hidden_states_and_all_rows() -> None:
+    for config in (small(), small(tied=False, logit_softcap=3.0)):
+        params, tokens_BT = random_params(config), random_tokens(2, 5)
+        hidden_BTD, weight_VD = functional_call(
+            build_skeleton(config), params, (tokens_BT,), {"head": lambda hidden, weight: (hidden, weight)}
+        )
+        assert weight_VD is params["embed.weight" if config.tied else "head.weight"]
+        logits_BTV = (hidden_BTD @ weight_VD.T)[..., :200]
+        if config.logit_softcap:
+            logits_BTV = 3 * torch.tanh(logits_BTV / 3)
+        torch.testing.assert_close(logits_of(config, params, tokens_BT), logits_BTV, rtol=0, atol=1e-12)
+
+
+def test_a_window_ends_what_a_block_sees() -> None:
+    """Two blocks with a window of 3 see 4 tokens back."""
+    config = small(window=3)
+    params = random_params(config)
+    tokens_BT = random_tokens(1, 12)
+    changed = tokens_BT.clone()
+    changed[0, 2] = (changed[0, 2] + 1) % 200
+    differs_T = (logits_of(config, params, changed) != logits_of(config, params, tokens_BT)).any(-1)[0]
+    assert differs_T.tolist() == [2 <= t <= 6 for t in range(12)]
+
+
+def test_linear_scaling_is_a_slower_count_of_positions() -> None:
+    scaled = small(rope_scaling=RopeScaling(kind="linear", factor=4.0))
+    cos, sin = rope_cos_sin(torch.arange(0, 400, 4)[None], scaled)
+    expected = rope_cos_sin(torch.arange(100)[None], small())
+    torch.testing.assert_close((cos, sin), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["llama3", "yarn"])
+def test_scaling_keeps_short_wavelengths_and_stretches_long_ones(kind: Any) -> None:
+    plain, _ = rope_frequencies(small(head_dim=128, rope_theta=500_000.0), torch.device("cpu"))
+    scaling = RopeScaling(kind=kind, factor=8.0)
+    scaled, factor = rope_frequencies(
+        small(head_dim=128, rope_theta=500_000.0, rope_scaling=scaling), torch.device("cpu")
+    )
+    assert factor == (1.0 if kind == "llama3" else 0.1 * math.log(8) + 1)
+    ratio = plain / scaled
+    assert bool((ratio[1:] >= ratio[:-1] - 1e-4).all())
+    assert float(ratio[0]) == pytest.approx(1) and float(ratio[-1]) == pytest.approx(8)
+    assert 3 < int(((ratio > 1.001) & (ratio < 7.999)).sum()) < 40
 
 
 # --------------------------------------------------------------------------------------------------- impossible configs
@@ -460,8 +558,13 @@ def test_logits_equal_a_reference_written_out(
         ({"norm_eps": -1e-5}, "norm_eps"),
         ({"rope_theta": 0.0}, "rope_theta"),
         ({"init_std": -0.02}, "init_std"),
-        ({"dropout": 1.0}, "dropout is 1.0"),
-        ({"dropout": -0.1}, "dropout is -0.1"),
+        ({"embed_dropout": 1.0}, "embed_dropout is 1.0"),
+        ({"attn_dropout": -0.1}, "attn_dropout is -0.1"),
+        ({"window": 0}, "window is 0"),
+        ({"logit_softcap": -1.0}, "logit_softcap is -1.0"),
+        ({"bias": True, "qkv_bias": True}, "qkv_bias"),
+        ({"attn_dropout": 0.1, "attention": "flash"}, "not flash"),
+        ({"positions": "none", "rope_scaling": RopeScaling(kind="yarn")}, "rope_scaling"),
     ],
 )
 def test_an_impossible_config_is_named(fields: dict[str, Any], named: str) -> None:
@@ -472,4 +575,4 @@ def test_an_impossible_config_is_named(fields: dict[str, Any], named: str) -> No
 
 def test_an_odd_head_is_possible_without_rope() -> None:
     config = small(head_dim=7, positions="none")
-    assert logits_of(config, random_params(config), random_tokens(1, 4)).shape == (1, 4, 256)
+    assert logits_of(config, random_params(config), random_tokens(1, 4)).shape == (1, 4, 200)

@@ -243,7 +243,7 @@ def test_a_batch_without_targets_teaches_nothing() -> None:
 
 
 def test_a_step_depends_on_its_arguments_alone() -> None:
-    config = replace(tiny.MODEL, dropout=0.2)
+    config = replace(tiny.MODEL, embed_dropout=0.2, attn_dropout=0.2, resid_dropout=0.2)
     results = []
     for noise in (1, 2):
         state, train_step = make_train_step(config, lr=1e-2)
@@ -271,7 +271,7 @@ def test_compiled_gradients_are_summed_in_a_fixed_order() -> None:
 
 
 def test_dropout_differs_between_steps_and_is_off_in_evaluation() -> None:
-    config = replace(tiny.MODEL, dropout=0.2)
+    config = replace(tiny.MODEL, embed_dropout=0.2, attn_dropout=0.2, resid_dropout=0.2)
     state, train_step = make_train_step(config, lr=0.0)
     batch = tiny.batch(config, (1, 2, 32))
     losses = [float(train_step(replace(state, step=i), batch)[1]["loss"]) for i in (0, 1, 0)]

@@ -83,7 +83,7 @@ def test_a_recipe_of_ones_own(here: Path) -> None:
 
 
 def test_recipe_json_reproduces_a_run_to_the_bit(here: Path) -> None:
-    train("--recipe", "demo", "--steps", "20", "--name", "x", "--model.dropout", "0.1", *SMALL, cwd=here)
+    train("--recipe", "demo", "--steps", "20", "--name", "x", "--model.resid-dropout", "0.1", *SMALL, cwd=here)
     train("--recipe", "runs/x/recipe.json", "--name", "y", cwd=here)
     assert_same_weights(here / "runs/x", here / "runs/y")
     assert losses(here / "runs/x") == losses(here / "runs/y")
