@@ -14,7 +14,7 @@ demo: $(VENV)/core
 test: lint
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-all: lint
+test-all: lint $(VENV)/eval
 	$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/dev
@@ -28,6 +28,10 @@ $(VENV)/core: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/dev: $(VENV)/core
 	$(PIP) --editable '.[dev]'
+	touch $@
+
+$(VENV)/eval: $(VENV)/dev
+	$(PIP) --editable '.[eval]'
 	touch $@
 
 $(VENV)/bin/python:

@@ -1,6 +1,7 @@
 """Train a recipe: `python train.py --help`; several processes: `torchrun --nproc_per_node 2 train.py …`."""
 
 import argparse
+from pathlib import Path
 
 from modalities import cli
 
@@ -8,6 +9,7 @@ from modalities import cli
 def main(argv: list[str]) -> None:
     launcher = argparse.ArgumentParser(prog="train.py", add_help=False, allow_abbrev=False, exit_on_error=False)
     launcher.add_argument("--recipe")
+    launcher.add_argument("--model-from", type=Path)
     launcher.add_argument("--dry-run", action="store_true")
     try:
         chosen, overrides = launcher.parse_known_args(argv)
@@ -16,13 +18,16 @@ def main(argv: list[str]) -> None:
     if chosen.recipe is None:
         if argv and argv[0] not in ("-h", "--help"):
             raise ValueError(f"train.py needs --recipe NAME; there are {', '.join(cli.recipe_files())}")
-        print("usage: [torchrun …] train.py --recipe NAME [--dry-run] [--name RUN] [--steps N] [--model.… …]\n")
+        flags = "[--dry-run] [--name RUN] [--steps N] [--model-from DIR] [--model.… …]"
+        print(f"usage: [torchrun …] train.py --recipe NAME {flags}\n")
         print(f"recipes:\n{cli.describe_recipes()}\n\ntrain.py --recipe NAME --help lists every field with its value.")
         return
 
     from modalities import recipe as recipes  # after the list, which should not wait for torch
 
     recipe, source = recipes.load(chosen.recipe)
+    if chosen.model_from is not None:
+        recipe = recipes.start_from(recipe, chosen.model_from)
     recipe = recipes.parse(recipe, overrides, f"train.py --recipe {chosen.recipe}")
     if chosen.dry_run:
         recipes.dry_run(recipe)

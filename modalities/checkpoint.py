@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from modalities.dist import barrier, broadcast_from_main
 from modalities.optim import Params
@@ -114,10 +115,20 @@ def newest(run: Path) -> Path | None:
 
 
 def restore(path: Path, state: TrainState) -> TrainState:
-    """Load a verified checkpoint into the tensors of `state` (names, shapes, sharding); all ranks together."""
+    """Load a verified checkpoint into the tensors of `state` (names, shapes, sharding); all ranks together.
+
+    `ValueError` where it is of another model, or holds weights alone.
+    """
     manifest = json.loads((path / MANIFEST).read_text())
-    with quiet():
-        dcp.load({"params": state.params, "opt_state": state.opt_state}, checkpoint_id=path, no_dist=not distributed())
+    try:
+        with quiet():
+            whole = {"params": state.params, "opt_state": state.opt_state}
+            dcp.load(whole, checkpoint_id=path, no_dist=not distributed())
+    except CheckpointException as error:  # no Exception, so nobody else would catch it
+        why = next(iter(error.failures.values()))[0]
+        raise ValueError(
+            f"{path} is no checkpoint of this run ({why}); to start another run from its weights give --model-from"
+        ) from None
     return TrainState(state.params, state.opt_state, manifest["step"], manifest["samples"])
 
 

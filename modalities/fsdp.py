@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -82,10 +83,17 @@ def init_params(model: Transformer, seed: int, device: torch.device) -> Params:
         generator = torch.Generator(device).manual_seed(fold(seed, "init", name))
         weight = initial_weight(model.config, name, param.shape, generator)
         if isinstance(param, DTensor):
-            shard = distribute_tensor(weight, param.device_mesh, param.placements, src_data_rank=None)
-            with torch.no_grad():
-                local(param).copy_(local(shard))
+            assign(param, weight)
             params[name] = param
         else:
             params[name] = weight
     return params
+
+
+@torch.no_grad()
+def assign(param: Tensor, weight: Tensor) -> None:
+    """Give `param` the values of the whole `weight`, which all ranks have: where it is a shard, its part of them."""
+    weight = weight.to(param.device)
+    if isinstance(param, DTensor):
+        weight = local(distribute_tensor(weight, param.device_mesh, param.placements, src_data_rank=None))
+    local(param).copy_(weight)

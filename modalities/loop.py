@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from modalities import checkpoint, dist, fsdp, generate, log, optim, step
+from modalities import checkpoint, dist, fsdp, generate, log, optim, step, trained
 from modalities.config import differences, to_dict
 from modalities.data import TrainData, open_val
-from modalities.loss import Batch
+from modalities.loss import Batch, choose
 from modalities.model import build_skeleton, flops_per_token, num_params
 from modalities.pbin import write_beside
 from modalities.recipe import Recipe, check_ranks, from_json
@@ -24,7 +24,7 @@ from modalities.step import TrainState
 # computed but the order of roundings, and the random numbers of dropout.
 HARMLESS = (
     "name", "log.", "checkpoint.", "eval.", "sample.", "data.names", "data.val", "data.tokenizer", "data.eod",
-    "parallel.micro_batch", "parallel.compile",
+    "parallel.micro_batch", "parallel.compile", "loss.implementation", "loss.chunk_tokens",
 )  # fmt: skip
 
 
@@ -93,7 +93,12 @@ def start(recipe: Recipe, source: Path | None, world: dist.World) -> tuple[Run, 
         run, state = build(recipe, world)
         newest = checkpoint.newest(recipe.folder) if world.is_main else None
     newest = dist.broadcast_from_main(newest)
-    state = checkpoint.restore(newest, state) if newest else state
+    if newest:
+        state = checkpoint.restore(newest, state)
+    elif recipe.model_from:
+        with dist.all_or_none():
+            found = trained.find(Path(recipe.model_from))
+        trained.load_weights(found, state.params)
     with dist.all_or_none():
         run.check_data(state.samples)
     hosts = dist.gather_objects(socket.gethostname())
@@ -112,14 +117,17 @@ def build(recipe: Recipe, world: dist.World) -> tuple[Run, TrainState]:
     params = fsdp.init_params(model, recipe.seed, world.device)
 
     sources = recipe.data.source_names
-    loss_fn = step.make_loss_fn(model, parallel.compute_dtype, train=True, num_sources=len(sources))
+    dtype, compile_head = parallel.compute_dtype, sharded and parallel.compile
+    loss_fn = step.make_loss_fn(
+        model, dtype, train=True, num_sources=len(sources), loss=recipe.loss, compile_head=compile_head
+    )
     grad_fn = step.grad_and_value(loss_fn, sharded, parallel.compile)
 
     def lr_at(i: int) -> float:
         return optim.learning_rate(recipe.optim, i, recipe.steps, recipe.tokens_per_step)
 
     train_step = step.make_train_step(grad_fn, optimizer, recipe.optim.grad_clip, lr_at, recipe.seed, world, sources)
-    eval_loss_fn = step.make_loss_fn(model, parallel.compute_dtype, train=False)
+    eval_loss_fn = step.make_loss_fn(model, dtype, train=False, loss=recipe.loss, compile_head=compile_head)
     eval_step = step.make_eval_step(eval_loss_fn, sharded, parallel.compile)
     val = open_val(recipe.data, recipe.model.vocab_size, recipe.eval.samples, parallel.micro_batch, world)
     tokenizer = None
@@ -132,11 +140,9 @@ def build(recipe: Recipe, world: dist.World) -> tuple[Run, TrainState]:
     def sample(params: optim.Params, i: int) -> str | None:
         if tokenizer is None:
             return None
-        logits_fn = generate.make_logits_fn(model, params, parallel.compute_dtype)
+        decoder = generate.make_decoder(model, params, parallel.compute_dtype, world.device)
         seed = fold(recipe.seed, "sample", i)
-        return generate.continue_text(
-            logits_fn, tokenizer, recipe.data.eod, recipe.sample, recipe.data.seq_len, seed, world.device
-        )
+        return generate.continue_text(decoder, tokenizer, recipe.data.eod, recipe.sample, recipe.data.seq_len, seed)
 
     return Run(data, train_step, val, evaluate, sample), TrainState(params, optimizer.init(params))
 
@@ -188,11 +194,13 @@ def open_log(recipe: Recipe, world: dist.World, run: Run, state: TrainState) -> 
     compiling = "compiled (the first step takes long)" if recipe.parallel.compile else "not compiled"
     if recipe.parallel.compile and not fsdp.without_missing_compiler(recipe.parallel, world.device).compile:
         compiling = "not compiled, for torch.compile finds no C++ compiler (g++): slower"
+    micro_tokens = recipe.parallel.micro_batch * recipe.data.seq_len
+    loss = choose(recipe.loss, micro_tokens, recipe.model.vocab_size, recipe.parallel.compute_dtype)
     start = f"continuing {recipe.folder} after step {state.step}" if state.step else f"starting {recipe.folder}"
     out.say(
         f"{start}: {num_params(recipe.model):,} parameters, {flops / 1e6:,.3g} MFLOPs a token, "
         f"{recipe.steps} steps of {recipe.tokens_per_step:,} tokens, {world.size} rank(s) on {world.device.type}, "
-        f"{recipe.parallel.param_dtype}, {compiling}"
+        f"{recipe.parallel.param_dtype}, {compiling}, loss {loss}"
     )
     for fact in run.data.facts(recipe.steps * recipe.data.global_batch):
         out.say(fact)

@@ -1,4 +1,7 @@
-"""The loss contract and the token-normalised cross-entropy. It knows logits and targets, not models or ranks.
+"""The loss contract, and the cross-entropy of a linear layer's logits with or without materialising them.
+
+It knows hidden states, the head's weight and targets, not models or ranks. Shapes are in the names: B batch ·
+T position · N = B·T tokens · D width · V vocabulary · S source.
 
 The contract: `loss_fn(params, batch) -> (loss, aux)`, where `loss` is a *sum* over this micro-batch's valid targets
 divided by `batch["num_targets"]`, the number of valid targets in the whole global batch. Losses and gradients of
@@ -7,6 +10,9 @@ up the same way.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,21 +21,273 @@ from torch import Tensor
 Batch = dict[str, Tensor]
 Aux = dict[str, Tensor]
 LossFn = Callable[[dict[str, Tensor], Batch], tuple[Tensor, Aux]]
+Implementation = Literal["plain", "chunked"]
 
 IGNORED = -100  # the target of a position that does not count; PyTorch's convention
+EAGER_BLOCK = 2**18  # logits
+PLAIN_BYTES = 2**27  # logits that are smaller than this are materialised
 
 
-def cross_entropy_sum(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """-log p(target), summed over the positions whose target is not -100, computed in at least fp32 [nats]."""
-    logits = logits_BTV if logits_BTV.dtype.itemsize > 4 else logits_BTV.float()
-    return F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="sum")
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """What is minimised, and how it is computed."""
+
+    z_loss: float = 0.0
+    """Weight of logsumexp(logits)², which keeps logits small (PaLM, arXiv 2204.02311, uses 1e-4)."""
+    label_smoothing: float = 0.0
+    """Share of the target distribution that is spread evenly over the vocabulary."""
+    implementation: Literal["auto", "plain", "chunked"] = "auto"
+    """plain: all logits at once; chunked: never more than `chunk_tokens` tokens' logits; auto: by the logits' size."""
+    chunk_tokens: int = 512
+    """Tokens whose logits exist at a time, where chunked; more is faster up to a point."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.z_loss < float("inf"):
+            raise ValueError(f"loss.z_loss is {self.z_loss}, but must not be negative, and finite")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"loss.label_smoothing is {self.label_smoothing}, but must be at least 0 and less than 1")
+        if self.chunk_tokens < 1:
+            raise ValueError(f"loss.chunk_tokens is {self.chunk_tokens}, but must be at least 1")
 
 
-def cross_entropy_by_row(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """The same, summed over each sequence alone, [B]."""
-    logits = logits_BTV if logits_BTV.dtype.itemsize > 4 else logits_BTV.float()
-    losses = F.cross_entropy(logits.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="none")
-    return losses.view(targets_BT.shape).sum(1)
+NLL = LossConfig()
+"""The cross-entropy alone."""
+
+
+def choose(config: LossConfig, num_tokens: int, vocab_size: int, dtype: torch.dtype) -> Implementation:
+    """The implementation for `num_tokens` tokens of a micro-batch, their logits in `dtype`."""
+    if config.implementation != "auto":
+        return config.implementation
+    return "plain" if num_tokens * vocab_size * dtype.itemsize < PLAIN_BYTES else "chunked"
+
+
+def linear_cross_entropy(
+    hidden_BTD: Tensor,
+    weight_VD: Tensor,
+    targets_BT: Tensor,
+    config: LossConfig,
+    vocab_size: int,
+    softcap: float = 0.0,
+    num_targets: Tensor | float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of the logits `hidden @ weight.T`: (loss [] to be minimised, -log p(target) [B, T], detached).
+
+    The loss is the sum of -log p(target) [nats], smoothed, plus z_loss · logsumexp², over the positions whose target is
+    not -100, divided by `num_targets`; the second is pure, and 0 where the target is -100. Both are in at least fp32.
+    The weight's rows from `vocab_size` on are padding and take no part. `softcap` c: c · tanh(logits / c), 0 for none.
+    """
+    hidden_ND, targets_N = hidden_BTD.flatten(0, -2), targets_BT.flatten()
+    # The gradients are rounded to the dtype of the weights after the division: once, as in a backward pass.
+    scale = torch.ones((), device=hidden_BTD.device, dtype=_math_dtype(hidden_BTD)) / num_targets
+    terms = (softcap, config.label_smoothing, config.z_loss)
+    if choose(config, len(targets_N), vocab_size, hidden_BTD.dtype) == "plain":
+        loss, nll_N = _plain(hidden_ND, weight_VD[:vocab_size], targets_N, scale, *terms)
+    else:
+        options = (vocab_size, config.chunk_tokens, torch.is_grad_enabled(), torch.compiler.is_compiling())
+        loss, nll_N, _, _ = _Chunked.apply(hidden_ND, weight_VD, targets_N, scale, *terms, *options)
+    return loss, nll_N.view(targets_BT.shape)
+
+
+def _math_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _plain(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, scale: Tensor, softcap: float, smoothing: float, z: float
+) -> tuple[Tensor, Tensor]:
+    logits_NV = F.linear(hidden_ND, weight_VD).to(_math_dtype(hidden_ND))
+    if softcap:
+        logits_NV = softcap * torch.tanh(logits_NV / softcap)
+    nll_N = F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORED, reduction="none")
+    loss_N = nll_N
+    if smoothing:
+        loss_N = F.cross_entropy(
+            logits_NV, targets_N, ignore_index=IGNORED, reduction="none", label_smoothing=smoothing
+        )
+    if z:
+        loss_N = loss_N + torch.where(targets_N != IGNORED, z * logits_NV.logsumexp(1).square(), 0)
+    return loss_N.sum() * scale, nll_N.detach()
+
+
+# ---------------------------------------------------------------------------------------------------------- in chunks
+#
+# Two passes over the logits. The first takes some tokens and the whole vocabulary: it has their loss, and one product
+# for the gradient of their hidden states. The second takes all tokens and some of the vocabulary, and has one product
+# for the gradient of these rows of the weight. The logits are computed twice, but every gradient is one product,
+# rounded once: no chunk's share of the weight's gradient is ever rounded and added, and no fp32 copy of it is kept.
+
+
+def _token_chunk_(
+    logits_NV: Tensor, targets_N: Tensor, scale_N: Tensor, softcap: float, smoothing: float, z: float, with_grads: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss, -log p(target), m, Σ exp(logit - m)) of some tokens, [N], with m the largest logit; puts the loss's gradient in place of their logits."""
+    logits = _capped(logits_NV, softcap)
+    # Kept apart, for their sum has lost digits that the probabilities of large logits need.
+    max_N = logits.amax(1)
+    sum_N = torch.exp(logits - max_N[:, None]).sum(1)
+    is_valid_N, log_sum_N = targets_N != IGNORED, sum_N.log()
+    target_logit_N = logits.gather(1, targets_N.clamp(min=0)[:, None])[:, 0]
+    nll_N = torch.where(is_valid_N, log_sum_N - (target_logit_N - max_N), 0)
+    loss_N = nll_N
+    if smoothing:
+        even_N = torch.where(is_valid_N, log_sum_N - (logits.mean(1) - max_N), 0)
+        loss_N = (1 - smoothing) * nll_N + smoothing * even_N
+    if z:
+        loss_N = loss_N + torch.where(is_valid_N, z * (max_N + log_sum_N).square(), 0)
+    if with_grads:
+        _logits_to_grads_(logits_NV, targets_N, max_N, sum_N, scale_N, logits.shape[1], softcap, smoothing, z)
+    return loss_N, nll_N, max_N, sum_N
+
+
+def _logits_to_grads_(
+    logits_NV: Tensor,
+    targets_N: Tensor,
+    max_N: Tensor,
+    sum_N: Tensor,
+    scale_N: Tensor,
+    vocab_size: int,
+    softcap: float,
+    smoothing: float,
+    z: float,
+) -> None:
+    """Put the loss's gradient in place of the logits of some tokens and columns; `targets` count from the first one."""
+    logits = _capped(logits_NV, softcap)
+    share_N = 1 / sum_N
+    if z:
+        share_N = share_N * (1 + 2 * z * (max_N + sum_N.log()))
+    grad = torch.exp(logits - max_N[:, None]) * share_N[:, None]
+    grad = torch.where(_is_target(logits, targets_N), grad - (1 - smoothing), grad)
+    if smoothing:
+        grad = grad - smoothing / vocab_size
+    if softcap:
+        grad = grad * (1 - (logits / softcap).square())
+    # Chosen and not multiplied by 0, so that nothing of an ignored position gets through, be it infinite.
+    logits_NV.copy_(torch.where(scale_N[:, None] != 0, grad * scale_N[:, None], 0))
+
+
+def _capped(logits_NV: Tensor, softcap: float) -> Tensor:
+    logits = logits_NV.to(_math_dtype(logits_NV))
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+def _is_target(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
+    # In int32, of which a vector register holds as many as of fp32.
+    columns_V = torch.arange(logits_NV.shape[1], device=logits_NV.device, dtype=torch.int32)
+    return columns_V == targets_N.to(torch.int32)[:, None]
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, fullgraph=True)
+
+
+def _blocks(logits_NV: Tensor, compile: bool) -> list[slice]:
+    """Rows to be worked on at a time. Uncompiled code has intermediate results, which shall stay in the cache."""
+    num_tokens, vocab_size = logits_NV.shape
+    rows = max(1, EAGER_BLOCK // vocab_size) if logits_NV.device.type == "cpu" and not compile else num_tokens
+    return [slice(i, i + rows) for i in range(0, num_tokens, rows)]
+
+
+# An operator of its own, for compiling would unroll the loops, and fuse chunks until all logits exist at once.
+torch.library.define(
+    "modalities::linear_cross_entropy",
+    "(Tensor hidden_ND, Tensor weight_VD, Tensor targets_N, Tensor scale, float softcap, float smoothing, float z, "
+    "int vocab_size, int chunk_tokens, bool with_grads, bool compile) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.impl("modalities::linear_cross_entropy", "Autograd")(torch.library.fallthrough_kernel)
+
+
+@torch.library.impl("modalities::linear_cross_entropy", "CompositeExplicitAutograd")
+def _in_chunks(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    scale: Tensor,
+    softcap: float,
+    smoothing: float,
+    z: float,
+    vocab_size: int,
+    chunk_tokens: int,
+    with_grads: bool,
+    compile: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(loss [], -log p(target) [N], gradients of hidden [N, D] and weight [V, D], which are empty without grads)."""
+    num_tokens = len(hidden_ND)
+    chunk_tokens = min(chunk_tokens, num_tokens)
+    token_chunk_ = _compiled(_token_chunk_) if compile else _token_chunk_
+    logits_to_grads_ = _compiled(_logits_to_grads_) if compile else _logits_to_grads_
+
+    scale_N = torch.where(targets_N != IGNORED, scale, 0)
+    loss_N, nll_N, max_N, sum_N = (torch.empty_like(scale_N) for _ in range(4))
+    hidden_grad_ND, weight_grad_VD = (torch.empty_like(x if with_grads else x[:0]) for x in (hidden_ND, weight_VD))
+    weight_grad_VD[vocab_size:] = 0
+    weight_VD = weight_VD[:vocab_size]
+    # One buffer for all logits: fresh memory for each chunk would cost more than what is done with it.
+    logits = hidden_ND.new_empty(chunk_tokens * vocab_size)
+    for first in range(0, num_tokens, chunk_tokens):
+        chunk = slice(first, first + chunk_tokens)
+        hidden, targets, scales = hidden_ND[chunk], targets_N[chunk], scale_N[chunk]
+        logits_NV = logits[: len(hidden) * vocab_size].view(len(hidden), vocab_size)
+        torch.mm(hidden, weight_VD.T, out=logits_NV)
+        for rows in _blocks(logits_NV, compile):
+            loss_N[chunk][rows], nll_N[chunk][rows], max_N[chunk][rows], sum_N[chunk][rows] = token_chunk_(
+                logits_NV[rows], targets[rows], scales[rows], softcap, smoothing, z, with_grads
+            )
+        if with_grads:
+            torch.mm(logits_NV, weight_VD, out=hidden_grad_ND[chunk])
+    chunk_vocab = max(1, len(logits) // max(num_tokens, 1))
+    for first in range(0, vocab_size if with_grads else 0, chunk_vocab):
+        chunk = slice(first, min(first + chunk_vocab, vocab_size))
+        weight, targets = weight_VD[chunk], targets_N - first
+        logits_NV = logits[: num_tokens * len(weight)].view(num_tokens, len(weight))
+        torch.mm(hidden_ND, weight.T, out=logits_NV)
+        for rows in _blocks(logits_NV, compile):
+            logits_to_grads_(
+                logits_NV[rows],
+                targets[rows],
+                max_N[rows],
+                sum_N[rows],
+                scale_N[rows],
+                vocab_size,
+                softcap,
+                smoothing,
+                z,
+            )
+        torch.mm(logits_NV.T, hidden_ND, out=weight_grad_VD[chunk])
+    return loss_N.sum() * scale, nll_N, hidden_grad_ND, weight_grad_VD
+
+
+@torch.library.register_fake("modalities::linear_cross_entropy")
+def _shapes(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, scale: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    with_grads = options[-2]
+    hidden_grad_ND, weight_grad_VD = (torch.empty_like(x if with_grads else x[:0]) for x in (hidden_ND, weight_VD))
+    return torch.empty_like(scale), scale.new_empty(len(targets_N)), hidden_grad_ND, weight_grad_VD
+
+
+class _Chunked(torch.autograd.Function):
+    """The gradients are made with the loss, from the same logits; a backward pass only scales them."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return torch.ops.modalities.linear_cross_entropy(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[2:])
+        ctx.num_inputs = len(inputs)
+
+    @staticmethod
+    def backward(ctx: Any, loss_grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        hidden_grad_ND, weight_grad_VD = ctx.saved_tensors
+        # A scalar leaves the dtype as it is.
+        grads = (hidden_grad_ND * loss_grad, weight_grad_VD * loss_grad)
+        return *grads, *[None] * (ctx.num_inputs - 2)
+
+
+# ------------------------------------------------------------------------------------------------------------- sources
 
 
 def sums_by_source(loss_B: Tensor, targets_BT: Tensor, sources_B: Tensor, num_sources: int) -> Aux:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from modalities import cli
+from modalities import cli, trained
 from modalities.checkpoint import CheckpointConfig
 from modalities.config import from_dict, to_dict
 from modalities.data import DataConfig, TrainData
@@ -19,6 +19,7 @@ from modalities.dist import World
 from modalities.fsdp import ParallelConfig
 from modalities.generate import SampleConfig
 from modalities.log import LogConfig
+from modalities.loss import LossConfig
 from modalities.model import ModelConfig, flops_per_token, num_params
 from modalities.optim import OptimConfig
 from modalities.ranks import is_main, world_size
@@ -36,7 +37,10 @@ class Recipe:
     seed: int = 0
     """All randomness comes from it: initial weights, data order, dropout, samples."""
     model: ModelConfig
+    model_from: str = ""
+    """Weights to start from: a run, a checkpoint or a Hugging Face folder, of this very model; empty: random ones."""
     data: DataConfig = DataConfig()
+    loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     parallel: ParallelConfig = ParallelConfig()
     eval: EvalConfig = EvalConfig()
@@ -112,6 +116,15 @@ def _from_python(path: Path) -> Recipe:
         return from_dict(Recipe, to_dict(recipe))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def start_from(recipe: Recipe, path: Path) -> Recipe:
+    """`recipe` for the model at `path` and its tokenizer, with its weights to start from."""
+    found = trained.find(path)
+    data = replace(recipe.data, seq_len=min(recipe.data.seq_len, found.config.max_seq_len))
+    if found.tokenizer is not None:
+        data = replace(data, tokenizer=str(found.tokenizer), eod=found.eod or data.eod)
+    return replace(recipe, model=found.config, model_from=str(path), data=data)
 
 
 def parse(recipe: Recipe, args: Sequence[str], prog: str) -> Recipe:

@@ -6,7 +6,7 @@ The model is applied by `torch.func.functional_call`. Its gradient has two imple
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,12 +16,13 @@ from torch.func import functional_call
 
 from modalities.dist import World, sum_over_ranks
 from modalities.loss import (
+    NLL,
     Aux,
     Batch,
+    LossConfig,
     LossFn,
     count_targets,
-    cross_entropy_by_row,
-    cross_entropy_sum,
+    linear_cross_entropy,
     sums_by_source,
 )
 from modalities.model import Cache, Head, Transformer
@@ -86,21 +87,44 @@ def cast(model: Transformer, params: Params, compute_dtype: torch.dtype) -> Para
     return params if isinstance(model, FSDPModule) else {name: p.to(compute_dtype) for name, p in params.items()}
 
 
-def make_loss_fn(model: Transformer, compute_dtype: torch.dtype, train: bool, num_sources: int = 1) -> LossFn:
+def make_loss_fn(
+    model: Transformer,
+    compute_dtype: torch.dtype,
+    train: bool,
+    num_sources: int = 1,
+    loss: LossConfig = NLL,
+    compile_head: bool = False,
+) -> LossFn:
     """`loss_fn(params, batch)` for one micro-batch: `inputs` and `targets` int64 [B, T], `num_targets` a number [].
 
     The batch may have `documents` and `positions` [B, T]. With several sources it has `sources` [B], and `aux` has
-    the loss of each.
+    -log p(target) of each. Without `train` the loss is that as well, neither smoothed nor with a z-loss.
+    `compile_head`: compile the head alone, for a model whose blocks are compiled one by one.
     """
+    loss = loss if train else replace(loss, z_loss=0.0, label_smoothing=0.0)
+
+    def head_loss(
+        hidden_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, num_targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        config = model.config
+        return linear_cross_entropy(
+            hidden_BTD, weight_VD, targets_BT, loss, config.vocab_size, config.logit_softcap, num_targets
+        )
+
+    if compile_head:
+        head_loss = torch.compile(head_loss, fullgraph=True, dynamic=False)
 
     def loss_fn(params: Params, batch: Batch) -> tuple[Tensor, Aux]:
         weights, targets_BT = cast(model, params, compute_dtype), batch["targets"]
-        logits_BTV = apply(model, weights, batch["inputs"], train, batch.get("positions"), batch.get("documents"))
+
+        def head(hidden_BTD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
+            return head_loss(hidden_BTD, weight_VD, targets_BT, batch["num_targets"])
+
+        inputs = (batch["inputs"], train, batch.get("positions"), batch.get("documents"))
+        value, nll_BT = apply(model, weights, *inputs, head=head)
         if num_sources == 1:
-            return cross_entropy_sum(logits_BTV, targets_BT) / batch["num_targets"], {}
-        loss_B = cross_entropy_by_row(logits_BTV, targets_BT)
-        aux = sums_by_source(loss_B.detach(), targets_BT, batch["sources"], num_sources)
-        return loss_B.sum() / batch["num_targets"], aux
+            return value, {}
+        return value, sums_by_source(nll_BT.sum(1), targets_BT, batch["sources"], num_sources)
 
     return loss_fn
 

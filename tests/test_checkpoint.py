@@ -160,3 +160,12 @@ def test_what_a_killed_save_left_is_no_obstacle(saved: Path, tmp_path: Path) -> 
         path = checkpoint.save(saved, state, to_dict(tiny.recipe(tmp_path)), is_main=True)
     assert checkpoint.newest(saved) == path and not (path / "stray").exists()
     assert all(local(p).isfinite().all() for p in state.params.values())
+
+
+def test_weights_alone_are_nothing_to_continue(tmp_path: Path) -> None:
+    with dist.setup() as world:
+        state = trained(tmp_path, world, 1)
+        path = checkpoint.save(tmp_path / "run", TrainState(state.params, {}), {}, True)
+        with pytest.raises(ValueError, match=r"step-00000000 is no checkpoint of this run \(.*--model-from") as caught:
+            checkpoint.restore(path, state)
+        assert "\n" not in str(caught.value)

@@ -12,18 +12,22 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "modalities"
 FLOORS = {
     0: {
-        "cli", "config", "fields", "histogram", "log", "loss", "model", "optim", "packing", "pairs", "ranks", "rng",
+        "attention", "cli", "config", "fields", "histogram", "log", "loss", "optim", "packing", "pairs", "ranks", "rng",
         "sources",
     },
-    1: {"dist", "fsdp", "mixture", "pbin"},
-    2: {"account", "corpus", "demo", "files", "parts", "sequences", "step", "tokenizer", "workplace"},
+    1: {"dist", "mixture", "model", "pbin"},
+    2: {
+        "account", "corpus", "demo", "families", "files", "fsdp", "parts", "presets", "sequences", "step", "tokenizer",
+        "workplace",
+    },
     3: {"chat", "checkpoint", "data", "encode", "masks", "shuffle"},
-    4: {"describe", "generate", "pack"},
-    5: {"commands", "recipe"},
-    6: {"loop"},
+    4: {"describe", "pack", "trained"},
+    5: {"commands", "evaluate", "generate", "hf"},
+    6: {"recipe"},
+    7: {"loop"},
 }  # fmt: skip
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
-CORE = ("model", "data", "loss", "optim", "fsdp", "step", "loop", "checkpoint")
+CORE = ("attention", "model", "data", "loss", "optim", "fsdp", "step", "loop", "checkpoint")
 NOT_NEEDED = (
     "tyro", "datasets", "tokenizers", "tensorboard", "matplotlib", "orjson", "wandb", "transformers", "pyarrow",
     "simdjson", "fastokens", "jinja2",

@@ -11,9 +11,11 @@ import pytest
 import tiny
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from modalities import checkpoint, dist, loop
+from modalities import checkpoint, dist, families, loop, trained
+from modalities import recipe as recipes
 from modalities.config import from_dict
 from modalities.data import TrainData
 from modalities.fsdp import ParallelConfig
@@ -150,6 +152,45 @@ def test_a_run_learns_and_leaves_what_the_design_lists(tmp_path: Path) -> None:
     line = next(line for line in read_metrics(folder) if line["step"] == 60 and "loss" in line)
     assert line["samples"] == 480 and line["tokens"] == 480 * 32
     assert {"lr", "grad_norm", "tokens_per_s"} <= line.keys()
+
+
+def val_losses(folder: Path) -> list[float]:
+    return [line["val/val/loss"] for line in read_metrics(folder) if "val/val/loss" in line]
+
+
+def hugging_face_folder(trained_run: Path, out: Path) -> Path:
+    """The model of a run as a Hugging Face folder."""
+    found = trained.load(trained_run, torch.device("cpu"))
+    out.mkdir()
+    (out / "config.json").write_text(json.dumps(families.config_to_hf(found.config)))
+    tensors = {
+        name: stored.join([found.params[ours] for ours in stored.rows])
+        for name, stored in families.layout(found.config).items()
+    }
+    save_file(tensors, out / "model.safetensors")
+    return out
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_starts_from_the_weights_of_another(tmp_path: Path, ranks: int) -> None:
+    first = train_on(1, tiny.recipe(tmp_path))
+    folder = hugging_face_folder(first, tmp_path / "hf")
+    for i, source in enumerate((first, folder, first / "step-00000020")[: 4 - ranks]):
+        recipe = recipes.start_from(tiny.recipe(tmp_path, name=f"more-{i}"), source)
+        more = train_on(ranks, recipe)
+        assert val_losses(more)[0] == pytest.approx(val_losses(first)[-1], rel=1e-5)
+        assert val_losses(more)[-1] < val_losses(first)[-1]
+
+
+def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
+    first = train_on(1, tiny.recipe(tmp_path))
+    wider = tiny.recipe(tmp_path, name="wide", model=replace(tiny.MODEL, mlp_width=64), model_from=str(first))
+    with pytest.raises(
+        ValueError, match=r"has blocks.0.mlp.w_gate.weight \[48, 32\], but this model \[64, 32\]; leave"
+    ):
+        train(wider)
+    with pytest.raises(ValueError, match="no-such holds no checkpoint; give a run"):
+        recipes.start_from(wider, tmp_path / "no-such")
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:

@@ -1,107 +1,249 @@
-"""Cross-entropy against float64, and targets that do not count."""
+"""Both implementations against float64 and PyTorch's own, targets that do not count, and what is never materialised."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
 
 import pytest
+import tiny
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from modalities.loss import IGNORED, count_targets, cross_entropy_by_row, cross_entropy_sum, sums_by_source
+from modalities import loss
+from modalities.loss import IGNORED, LossConfig, choose, count_targets, linear_cross_entropy, sums_by_source
 
-B, T, V = 3, 40, 1000
+B, T, D, V, PADDED = 3, 37, 16, 101, 128
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor]
+TERMS = [
+    pytest.param(0.0, 0.0, 0.0, id="plain"),
+    pytest.param(0.1, 0.0, 0.0, id="smoothing"),
+    pytest.param(0.0, 1e-2, 0.0, id="z-loss"),
+    pytest.param(0.0, 0.0, 3.0, id="softcap"),
+    pytest.param(0.1, 1e-2, 3.0, id="all"),
+]
+compilable = pytest.mark.parametrize(
+    "compile", [pytest.param(False, id="eager"), pytest.param(True, id="compiled", marks=tiny.needs_compiler)]
+)
 
 
-def logits_and_targets(dtype: torch.dtype, spread: float = 3.0) -> tuple[Tensor, Tensor]:
+def config(implementation: Literal["plain", "chunked"], smoothing: float = 0.0, z_loss: float = 0.0) -> LossConfig:
+    # 10 divides neither 111 tokens nor, with the 9 columns that follow from it, 101 words.
+    return LossConfig(implementation=implementation, label_smoothing=smoothing, z_loss=z_loss, chunk_tokens=10)
+
+
+def inputs(dtype: torch.dtype, spread: float = 0.5) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    logits_BTV = (torch.randn(B, T, V, generator=generator) * spread).to(dtype)
+    hidden_BTD = torch.randn(B, T, D, generator=generator, dtype=torch.float64)
+    weight_VD = torch.randn(PADDED, D, generator=generator, dtype=torch.float64) * spread
     targets_BT = torch.randint(V, (B, T), generator=generator)
     targets_BT[torch.rand(B, T, generator=generator) < 0.3] = IGNORED
-    return logits_BTV.requires_grad_(), targets_BT
+    return hidden_BTD.to(dtype), weight_VD.to(dtype), targets_BT
 
 
-def reference(logits_BTV: Tensor, targets_BT: Tensor) -> tuple[float, Tensor]:
-    """Loss and gradient in float64, from log-sum-exp and softmax written out."""
-    logits = logits_BTV.detach().double()
-    total, grad = 0.0, torch.zeros_like(logits)
-    for b, t in (targets_BT != IGNORED).nonzero().tolist():
-        shifted = logits[b, t] - logits[b, t].max()
-        total += float(shifted.exp().sum().log() - shifted[targets_BT[b, t]])
-        grad[b, t] = shifted.exp() / shifted.exp().sum()
-        grad[b, t, targets_BT[b, t]] -= 1
-    return total, grad
+def gradients(
+    hidden_BTD: Tensor,
+    weight_VD: Tensor,
+    targets_BT: Tensor,
+    config: LossConfig,
+    softcap: float = 0.0,
+    num_targets: float = 77.0,
+    transform: Callable[..., Any] = lambda f: f,
+) -> Gradients:
+    """(gradient of hidden, of weight, loss, nll) by `torch.func`."""
+
+    def loss_fn(hidden_BTD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
+        return linear_cross_entropy(hidden_BTD, weight_VD, targets_BT, config, V, softcap, num_targets)
+
+    grad_fn = torch.func.grad_and_value(loss_fn, argnums=(0, 1), has_aux=True)
+    grads, values = transform(grad_fn)(hidden_BTD, weight_VD)
+    return *grads, *values
 
 
-@pytest.mark.parametrize(
-    ("dtype", "loss_bound", "grad_bound"),
-    [
-        (torch.float64, 1e-14, 1e-14),
-        (torch.float32, 1e-6, 1e-6),
-        # The loss of bf16 logits is as exact as of fp32 ones; the gradient is rounded to bf16 (8 bits) at the end.
-        (torch.bfloat16, 1e-6, 2**-8),
-    ],
-)
-@pytest.mark.parametrize("spread", [0.1, 3.0, 30.0])
-def test_loss_and_gradient_against_float64(
-    dtype: torch.dtype, loss_bound: float, grad_bound: float, spread: float
+def reference(
+    hidden_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, smoothing: float, z_loss: float, softcap: float
+) -> Gradients:
+    """In float64 from log-softmax, by PyTorch's backward pass, one formula after another."""
+    hidden, weight = hidden_BTD.double().requires_grad_(), weight_VD.double().requires_grad_()
+    is_valid = targets_BT != IGNORED
+    logits = hidden[is_valid] @ weight[:V].T
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    log_p = logits.log_softmax(-1)
+    nll = -log_p[torch.arange(len(log_p)), targets_BT[is_valid]]
+    loss = (1 - smoothing) * nll - smoothing * log_p.mean(-1) + z_loss * logits.exp().sum(-1).log() ** 2
+    loss = loss.sum() / 77
+    nll_BT = torch.zeros(targets_BT.shape, dtype=torch.float64).masked_scatter(is_valid, nll.detach())
+    return *torch.autograd.grad(loss, (hidden, weight)), loss.detach(), nll_BT
+
+
+@compilable
+@pytest.mark.parametrize("implementation", ["plain", "chunked"])
+@pytest.mark.parametrize(("smoothing", "z_loss", "softcap"), TERMS)
+def test_both_equal_the_formula_in_float64(
+    implementation: Literal["plain", "chunked"], smoothing: float, z_loss: float, softcap: float, compile: bool
 ) -> None:
-    logits_BTV, targets_BT = logits_and_targets(dtype, spread)
-    loss = cross_entropy_sum(logits_BTV, targets_BT)
-    (grad_BTV,) = torch.autograd.grad(loss, logits_BTV)
-    expected_loss, expected_grad_BTV = reference(logits_BTV, targets_BT)
-    assert loss.shape == () and loss.dtype == torch.promote_types(dtype, torch.float32)
-    assert grad_BTV.dtype == dtype
-    assert loss.item() == pytest.approx(expected_loss, rel=loss_bound)
-    torch.testing.assert_close(
-        grad_BTV.double(), expected_grad_BTV, rtol=grad_bound, atol=1e-6 if dtype.itemsize < 8 else 1e-15
+    if compile and not (smoothing and z_loss and softcap):
+        pytest.skip("compiled once, with everything")
+    x = inputs(torch.float64)
+    transform = (lambda f: torch.compile(f, fullgraph=True, dynamic=False)) if compile else (lambda f: f)
+    found = gradients(*x, config(implementation, smoothing, z_loss), softcap, transform=transform)
+    for got, expected in zip(found, reference(*x, smoothing, z_loss, softcap), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("implementation", ["plain", "chunked"])
+def test_a_backward_pass_gives_what_torch_func_gives(implementation: Literal["plain", "chunked"]) -> None:
+    hidden_BTD, weight_VD, targets_BT = inputs(torch.float64)
+    expected = gradients(hidden_BTD, weight_VD, targets_BT, config(implementation, 0.1, 1e-2), 3.0)
+    hidden_BTD.requires_grad_()
+    weight_VD.requires_grad_()
+    value, nll_BT = linear_cross_entropy(
+        hidden_BTD, weight_VD, targets_BT, config(implementation, 0.1, 1e-2), V, 3.0, 77.0
     )
+    assert not nll_BT.requires_grad
+    (3 * value).backward()
+    assert hidden_BTD.grad is not None and weight_VD.grad is not None
+    for got, want in zip((hidden_BTD.grad / 3, weight_VD.grad / 3, value, nll_BT), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_ignored_target_contributes_exactly_nothing(dtype: torch.dtype) -> None:
-    logits_BTV, targets_BT = logits_and_targets(dtype)
+@pytest.mark.parametrize("spread", [0.1, 1.0, 10.0])
+def test_chunks_are_as_near_to_float64_as_the_plain_form(dtype: torch.dtype, spread: float) -> None:
+    x = inputs(dtype, spread)
+    expected = reference(*x, 0.0, 0.0, 0.0)
+    errors = {}
+    for implementation in ("plain", "chunked"):
+        found = gradients(*x, config(implementation))
+        assert [value.dtype for value in found] == [dtype, dtype, torch.float32, torch.float32]
+        errors[implementation] = [
+            float((got.double() - want).norm() / want.norm()) for got, want in zip(found, expected, strict=True)
+        ]
+    for plain, chunked in zip(errors["plain"], errors["chunked"], strict=True):
+        assert chunked <= 1.03 * plain + 1e-7, errors
+    assert max(errors["chunked"]) < (2e-2 if dtype == torch.bfloat16 else 1e-5), errors
+
+
+@pytest.mark.parametrize("implementation", ["plain", "chunked"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_equal_to_pytorchs_own(implementation: Literal["plain", "chunked"], smoothing: float) -> None:
+    hidden_BTD, weight_VD, targets_BT = inputs(torch.float32)
+    value, _ = linear_cross_entropy(hidden_BTD, weight_VD, targets_BT, config(implementation, smoothing), V)
+    logits = (hidden_BTD @ weight_VD[:V].T).flatten(0, 1)
+    expected = F.cross_entropy(logits, targets_BT.flatten(), reduction="sum", label_smoothing=smoothing)
+    torch.testing.assert_close(value, expected, rtol=1e-6, atol=0)
+    if not smoothing and hasattr(F, "linear_cross_entropy"):
+        hidden_ND = hidden_BTD.flatten(0, 1)
+        fused = F.linear_cross_entropy(hidden_ND, weight_VD[:V], targets_BT.flatten(), reduction="sum")
+        torch.testing.assert_close(value, fused, rtol=1e-6, atol=0)
+
+
+@compilable
+@pytest.mark.parametrize("implementation", ["plain", "chunked"])
+def test_an_ignored_target_contributes_exactly_nothing(
+    implementation: Literal["plain", "chunked"], compile: bool
+) -> None:
+    hidden_BTD, weight_VD, targets_BT = inputs(torch.bfloat16)
+    transform = (lambda f: torch.compile(f, fullgraph=True, dynamic=False)) if compile else (lambda f: f)
     ignored_BT = targets_BT == IGNORED
-    loss = cross_entropy_sum(logits_BTV, targets_BT)
-    (grad_BTV,) = torch.autograd.grad(loss, logits_BTV)
-    assert torch.equal(grad_BTV[ignored_BT], torch.zeros_like(grad_BTV[ignored_BT]))
-    assert bool((grad_BTV[~ignored_BT].abs().sum(-1) > 0).all())
-    others_BTV = logits_BTV.detach().clone()
-    others_BTV[ignored_BT] = 1e4
-    assert torch.equal(cross_entropy_sum(others_BTV, targets_BT), loss)
-    kept = cross_entropy_sum(logits_BTV[~ignored_BT][None], targets_BT[~ignored_BT][None])
-    torch.testing.assert_close(kept, loss, rtol=1e-6, atol=0)
+    hidden_grad, weight_grad, value, nll_BT = gradients(
+        hidden_BTD, weight_VD, targets_BT, config(implementation, 0.1, 1e-2), transform=transform
+    )
+    assert not hidden_grad[ignored_BT].any() and not nll_BT[ignored_BT].any()
+    assert bool((hidden_grad[~ignored_BT].abs().sum(-1) > 0).all())
+    assert not weight_grad[V:].any(), "rows of padding"
+    others_BTD = torch.where(ignored_BT[..., None], -7, hidden_BTD)
+    others = gradients(others_BTD, weight_VD, targets_BT, config(implementation, 0.1, 1e-2), transform=transform)
+    assert torch.equal(others[2], value) and torch.equal(others[1], weight_grad)
 
 
-def test_all_targets_ignored() -> None:
-    logits_BTV, targets_BT = logits_and_targets(torch.float32)
-    loss = cross_entropy_sum(logits_BTV, torch.full_like(targets_BT, IGNORED))
-    (grad_BTV,) = torch.autograd.grad(loss, logits_BTV)
-    assert loss.item() == 0
-    assert torch.equal(grad_BTV, torch.zeros_like(grad_BTV))
+@pytest.mark.parametrize("implementation", ["plain", "chunked"])
+def test_all_targets_ignored(implementation: Literal["plain", "chunked"]) -> None:
+    hidden_BTD, weight_VD, targets_BT = inputs(torch.float32)
+    found = gradients(
+        hidden_BTD, weight_VD, torch.full_like(targets_BT, IGNORED), config(implementation, 0.1, 1e-2), 3.0
+    )
+    assert all(not value.any() for value in found)
 
 
-def test_the_parts_of_a_batch_add_up() -> None:
-    logits_BTV, targets_BT = logits_and_targets(torch.float32)
-    rows = [cross_entropy_sum(logits_BTV[b : b + 1], targets_BT[b : b + 1]) for b in range(B)]
-    torch.testing.assert_close(torch.stack(rows).sum(), cross_entropy_sum(logits_BTV, targets_BT), rtol=1e-6, atol=0)
+@pytest.mark.parametrize("implementation", ["plain", "chunked"])
+def test_evaluation_makes_no_gradients(implementation: Literal["plain", "chunked"]) -> None:
+    hidden_BTD, weight_VD, targets_BT = inputs(torch.float32)
+    with torch.no_grad():
+        value, nll_BT = linear_cross_entropy(
+            hidden_BTD, weight_VD.requires_grad_(), targets_BT, config(implementation), V
+        )
+    assert not value.requires_grad
+    torch.testing.assert_close(nll_BT, reference(hidden_BTD, weight_VD, targets_BT, 0, 0, 0)[3].float())
+    torch.testing.assert_close(nll_BT.sum(), value)
+
+
+class Largest(TorchDispatchMode):
+    """Records the most elements that an operation's result has, views left out."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(value, Tensor):
+                self.numel = max(self.numel, value.numel())
+        return out
+
+
+def test_only_the_plain_form_has_all_logits() -> None:
+    torch.manual_seed(0)
+    hidden_ND, weight_VD, targets_N = torch.randn(512, 8), torch.randn(1000, 8), torch.randint(1000, (512,))
+    with Largest() as plain:
+        linear_cross_entropy(hidden_ND, weight_VD, targets_N, config("plain"), 1000)
+    with Largest() as chunked:  # which the operator would hide
+        loss._in_chunks(hidden_ND, weight_VD, targets_N, torch.ones(()), 0.0, 0.0, 0.0, 1000, 32, True, False)
+    assert (plain.numel, chunked.numel) == (512 * 1000, 32 * 1000)
+
+
+def test_plain_goes_through_vmap() -> None:
+    hidden_BTD, weight_VD, targets_BT = inputs(torch.float64)
+    weights = torch.stack((weight_VD, 2 * weight_VD))
+
+    def loss_fn(weight_VD: Tensor) -> Tensor:
+        return linear_cross_entropy(hidden_BTD, weight_VD, targets_BT, config("plain", 0.1, 1e-2), V)[0]
+
+    grads, losses = torch.func.vmap(torch.func.grad_and_value(loss_fn))(weights)
+    for i in range(2):
+        grad, value = torch.func.grad_and_value(loss_fn)(weights[i])
+        torch.testing.assert_close((grads[i], losses[i]), (grad, value), rtol=1e-12, atol=1e-14)
+
+
+def test_auto_materialises_small_logits_alone() -> None:
+    auto = LossConfig()
+    assert choose(auto, 512, 4096, torch.bfloat16) == "plain"
+    assert choose(auto, 4096, 50_304, torch.bfloat16) == "chunked"
+    assert choose(LossConfig(implementation="plain"), 4096, 50_304, torch.bfloat16) == "plain"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"z_loss": -1.0}, "loss.z_loss is -1.0, but must"),
+        ({"z_loss": math.nan}, "loss.z_loss is nan, but must"),
+        ({"label_smoothing": 1.0}, "loss.label_smoothing is 1.0, but must"),
+        ({"chunk_tokens": 0}, "loss.chunk_tokens is 0, but must"),
+    ],
+)
+def test_impossible_values_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LossConfig(**values)
 
 
 def test_count_targets() -> None:
-    _, targets_BT = logits_and_targets(torch.float32)
+    _, _, targets_BT = inputs(torch.float32)
     assert int(count_targets(targets_BT)) == sum(t != -100 for row in targets_BT.tolist() for t in row)
     assert count_targets(targets_BT).dtype == torch.int64
-    assert int(count_targets(torch.tensor([[0, -100]]))) == 1
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_rows_are_the_sums_of_their_own_targets(dtype: torch.dtype) -> None:
-    logits_BTV, targets_BT = logits_and_targets(dtype)
-    targets_BT[1] = IGNORED
-    rows = cross_entropy_by_row(logits_BTV, targets_BT)
-    alone = torch.stack([cross_entropy_sum(logits_BTV[b : b + 1], targets_BT[b : b + 1]) for b in range(B)])
-    assert rows.dtype == alone.dtype and rows[1] == 0
-    torch.testing.assert_close(rows, alone, rtol=1e-6, atol=0)
 
 
 def test_sources_add_up_to_the_whole_and_keep_their_infinities() -> None:
-    _, targets_BT = logits_and_targets(torch.float32)
+    _, _, targets_BT = inputs(torch.float32)
     loss_B = torch.tensor([1.5, float("inf"), 2.0])
     aux = sums_by_source(loss_B, targets_BT, torch.tensor([2, 1, 2]), num_sources=4)
     assert aux["source_loss"].tolist() == [0, float("inf"), 3.5, 0]

@@ -1,6 +1,10 @@
 """Recipes: by name, from Python and JSON, with mistakes named; what a dry run foretells."""
 
 import json
+import os
+import resource
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,9 +13,11 @@ import tiny
 
 from modalities.config import from_dict, to_dict
 from modalities.mixture import Stage
-from modalities.model import num_params
-from modalities.optim import ScheduleConfig
+from modalities.model import build_skeleton, num_params
+from modalities.optim import ScheduleConfig, decay_multiples
 from modalities.recipe import Recipe, check_ranks, describe, load, memory_per_rank, parse
+
+ROOT = Path(__file__).parents[1]
 
 
 def test_a_recipe_may_say_what_python_lets_pass(tmp_path: Path) -> None:
@@ -86,6 +92,68 @@ def test_impossible_combinations_are_refused(tmp_path: Path) -> None:
 def test_a_dry_run_tells_size_and_shape(tmp_path: Path) -> None:
     text = describe(tiny.recipe(tmp_path), ranks=2)
     assert f"parameters       {num_params(tiny.MODEL):,}" in text and "(2, 2, 32) a rank" in text
+
+
+# Of each: parameters, tokens of a step, and ranks that its docstring counts on.
+LARGE = {
+    "gpt2_124m": (124_475_904, 2**19, 8),
+    "llama_160m": (159_861_504, 2**19, 8),
+    "llama_1b": (1_235_814_400, 2**21, 8),
+    "llama_8b": (8_030_261_248, 2**22, 64),
+    "qwen3_600m": (596_049_920, 2**20, 8),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_large_recipes_are_described_without_their_weights(name: str, tmp_path: Path) -> None:
+    params, tokens_per_step, ranks = LARGE[name]
+    path = tiny.write_tokens(tmp_path / "train.pbin", 20_000)
+    recipe = parse(load(name)[0], ["--data.train", str(path)], "train.py")
+    assert recipe.tokens_per_step == tokens_per_step
+    assert 19 < recipe.steps * tokens_per_step / params < 81  # about 20 tokens a parameter; 10 billion for GPT-2
+    check_ranks(recipe, ranks)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    text = describe(recipe, ranks)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * 2**10  # KiB
+    micro, seq_len = recipe.parallel.micro_batch, recipe.data.seq_len
+    assert f"parameters       {params:,}\n" in text and "memory per rank  about " in text
+    assert f"({tokens_per_step // ranks // micro // seq_len}, {micro}, {seq_len}) a rank" in text
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_decay_rules_fit_large_recipes(name: str) -> None:
+    recipe, _ = load(name)
+    names = [name for name, _ in build_skeleton(recipe.model).named_parameters()]
+    multiples = decay_multiples(recipe.optim.decay_rules, names)
+    assert multiples["embed.weight"] == multiples["blocks.0.attn.wq.weight"] == 1.0
+    assert multiples["final_norm.weight"] == multiples.get("blocks.0.attn.wq.bias", 0.0) == 0.0
+
+
+MEMORY = [("gpt2_124m", 1, 40), ("llama_160m", 1, 40), ("llama_1b", 8, 80), ("qwen3_600m", 8, 80), ("llama_8b", 8, 141)]
+
+
+@pytest.mark.parametrize("name, ranks, gigabytes", MEMORY)
+def test_large_recipes_fit_into_the_gpus_that_they_name(name: str, ranks: int, gigabytes: int) -> None:
+    recipe, path = load(name)
+    assert f"of {gigabytes} GB" in " ".join(path.read_text().split())
+    assert sum(memory_per_rank(recipe, ranks).values()) < 0.9 * gigabytes * 1e9
+
+
+def test_the_largest_is_dry_run_on_the_command_line(tmp_path: Path) -> None:
+    tiny.write_tokens(tmp_path / "train.pbin", 20_000)
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        "--recipe",
+        "llama_8b",
+        "--dry-run",
+        "--data.train",
+        "train.pbin",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "64"}
+    shown = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+    assert "8,030,261,248" in shown and "MiB on 64 rank(s)" in shown and "(8, 1, 8192) a rank" in shown
+    assert not list(tmp_path.glob("runs"))
 
 
 def test_memory_is_shared_among_ranks_but_for_activations(tmp_path: Path) -> None:
