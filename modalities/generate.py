@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -77,7 +78,7 @@ class GenerateConfig:
             "repetition_penalty": (0 < self.repetition_penalty < math.inf, "over 0"),
         }
         for name, (is_right, needed) in right.items():
-            if not is_right:
+            if not is_right:  # NaN is not, either
                 raise ValueError(f"{name} is {getattr(self, name)}, but must be {needed}")
 
 
@@ -90,7 +91,7 @@ class Decoder:
 
     config: ModelConfig
     next_logits: Callable[..., Tensor]
-    """(tokens_BT, positions_BT, documents_BT, cache) -> fp32 logits [B, V] of the token after the last."""
+    """(tokens_BT, positions_BT=, documents_BT=, cache=) -> fp32 logits [B, V] of the token after the last."""
     dtype: torch.dtype
     device: torch.device
 
@@ -105,26 +106,14 @@ def make_decoder(model: Transformer, params: Params, dtype: torch.dtype, device:
     def last(hidden_BTD: Tensor, weight_VD: Tensor) -> Tensor:
         return model.logits(hidden_BTD[:, -1], weight_VD).float()
 
-    # Every length is a shape of its own, so compiled code would be compiled again and again.
-    @torch.compiler.set_stance("force_eager")
-    @torch.no_grad()
-    def sharded(
-        tokens: Tensor, positions: Tensor | None = None, documents: Tensor | None = None, cache: Cache | None = None
-    ) -> Tensor:
-        return apply(model, weights, tokens, False, positions, documents, cache, last)
-
-    @torch.inference_mode()
-    def whole(
-        tokens: Tensor, positions: Tensor | None = None, documents: Tensor | None = None, cache: Cache | None = None
-    ) -> Tensor:
-        return own(tokens, positions, documents, cache=cache, head=last)
-
     if isinstance(model, FSDPModule):
-        return Decoder(model.config, sharded, dtype, device)
+        forward = torch.no_grad()(partial(apply, model, weights, train=False, head=last))
+        # Every length is a shape of its own, so compiled code would be compiled again and again.
+        return Decoder(model.config, torch.compiler.set_stance("force_eager")(forward), dtype, device)
     # To put the weights into a skeleton for every token would take a third of a small model's time.
     own = build_skeleton(replace(model.config, attention="auto"))
     own.load_state_dict(weights, assign=True)
-    return Decoder(model.config, whole, dtype, device)
+    return Decoder(model.config, torch.inference_mode()(partial(own, head=last)), dtype, device)
 
 
 def penalise(logits_BV: Tensor, rows: Sequence[list[int]], penalty: float) -> Tensor:
@@ -199,9 +188,8 @@ def generate(
             seen = [rows[r][begins[r] :] for r in batch]
             longest = max(map(len, seen))
             max_len = min(context, longest + config.num_tokens - step)
+            cache = decoder.new_cache(len(batch), max_len) if use_cache else None
             tokens_BT, padding_B1 = pad_left(seen, decoder.device)
-            if use_cache:
-                cache = decoder.new_cache(len(batch), max_len)
             if padding_B1 is not None:
                 index_T = torch.arange(longest, device=decoder.device)
                 documents_BT = torch.where(index_T < padding_B1, -1, 0)
@@ -210,7 +198,7 @@ def generate(
             tokens_BT = torch.tensor([rows[r][-1:] for r in batch], device=decoder.device)
             positions_BT = None if padding_B1 is None else cache.length - padding_B1
 
-        logits_BV = decoder.next_logits(tokens_BT, positions_BT, documents_BT, cache)
+        logits_BV = decoder.next_logits(tokens_BT, positions_BT=positions_BT, documents_BT=documents_BT, cache=cache)
         if config.repetition_penalty != 1:
             logits_BV = penalise(logits_BV, [rows[r] for r in batch], config.repetition_penalty)
         # Ranks must agree, or one would stop and the others wait for it.

@@ -69,12 +69,14 @@ def linear_cross_entropy(
     vocab_size: int,
     softcap: float = 0.0,
     num_targets: Tensor | float = 1.0,
+    compile: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the logits `hidden @ weight.T`: (loss [] to be minimised, -log p(target) [B, T], detached).
 
     The loss is the sum of -log p(target) [nats], smoothed, plus z_loss · logsumexp², over the positions whose target is
     not -100, divided by `num_targets`; the second is pure, and 0 where the target is -100. Both are in at least fp32.
     The weight's rows from `vocab_size` on are padding and take no part. `softcap` c: c · tanh(logits / c), 0 for none.
+    `compile`: compile what is done with a chunk, although the caller is not compiled.
     """
     hidden_ND, targets_N = hidden_BTD.flatten(0, -2), targets_BT.flatten()
     # The gradients are rounded to the dtype of the weights after the division: once, as in a backward pass.
@@ -83,7 +85,7 @@ def linear_cross_entropy(
     if choose(config, len(targets_N), vocab_size, hidden_BTD.dtype) == "plain":
         loss, nll_N = _plain(hidden_ND, weight_VD[:vocab_size], targets_N, scale, *terms)
     else:
-        options = (vocab_size, config.chunk_tokens, torch.is_grad_enabled(), torch.compiler.is_compiling())
+        options = (vocab_size, config.chunk_tokens, torch.is_grad_enabled(), compile or torch.compiler.is_compiling())
         loss, nll_N, _, _ = _Chunked.apply(hidden_ND, weight_VD, targets_N, scale, *terms, *options)
     return loss, nll_N.view(targets_BT.shape)
 
@@ -120,7 +122,10 @@ def _plain(
 def _token_chunk_(
     logits_NV: Tensor, targets_N: Tensor, scale_N: Tensor, softcap: float, smoothing: float, z: float, with_grads: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, -log p(target), m, Σ exp(logit - m)) of some tokens, [N], with m the largest logit; puts the loss's gradient in place of their logits."""
+    """(loss, -log p(target), m, Σ exp(logit - m)) of some tokens, [N], m the largest logit.
+
+    Puts the loss's gradient in place of the logits.
+    """
     logits = _capped(logits_NV, softcap)
     # Kept apart, for their sum has lost digits that the probabilities of large logits need.
     max_N = logits.amax(1)
@@ -197,7 +202,6 @@ torch.library.define(
 torch.library.impl("modalities::linear_cross_entropy", "Autograd")(torch.library.fallthrough_kernel)
 
 
-@torch.library.impl("modalities::linear_cross_entropy", "CompositeExplicitAutograd")
 def _in_chunks(
     hidden_ND: Tensor,
     weight_VD: Tensor,
@@ -257,6 +261,9 @@ def _in_chunks(
     return loss_N.sum() * scale, nll_N, hidden_grad_ND, weight_grad_VD
 
 
+torch.library.impl("modalities::linear_cross_entropy", "CompositeExplicitAutograd", _in_chunks)
+
+
 @torch.library.register_fake("modalities::linear_cross_entropy")
 def _shapes(
     hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, scale: Tensor, *options: Any
@@ -270,21 +277,23 @@ class _Chunked(torch.autograd.Function):
     """The gradients are made with the loss, from the same logits; a backward pass only scales them."""
 
     @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return torch.ops.modalities.linear_cross_entropy(*args)
+    def forward(
+        hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, scale: Tensor, *options: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return torch.ops.modalities.linear_cross_entropy(hidden_ND, weight_VD, targets_N, scale, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*output[2:])
-        ctx.num_inputs = len(inputs)
+        _, nll_N, hidden_grad_ND, weight_grad_VD = output
+        ctx.mark_non_differentiable(nll_N, hidden_grad_ND, weight_grad_VD)
+        ctx.save_for_backward(hidden_grad_ND, weight_grad_VD)
 
     @staticmethod
     def backward(ctx: Any, loss_grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         hidden_grad_ND, weight_grad_VD = ctx.saved_tensors
         # A scalar leaves the dtype as it is.
         grads = (hidden_grad_ND * loss_grad, weight_grad_VD * loss_grad)
-        return *grads, *[None] * (ctx.num_inputs - 2)
+        return *grads, None, None, None, None, None, None, None, None, None
 
 
 # ------------------------------------------------------------------------------------------------------------- sources

@@ -99,26 +99,18 @@ def make_loss_fn(
 
     The batch may have `documents` and `positions` [B, T]. With several sources it has `sources` [B], and `aux` has
     -log p(target) of each. Without `train` the loss is that as well, neither smoothed nor with a z-loss.
-    `compile_head`: compile the head alone, for a model whose blocks are compiled one by one.
+    `compile_head`: compile a chunked head's loss by itself, for a model whose blocks are compiled one by one.
     """
     loss = loss if train else replace(loss, z_loss=0.0, label_smoothing=0.0)
-
-    def head_loss(
-        hidden_BTD: Tensor, weight_VD: Tensor, targets_BT: Tensor, num_targets: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        config = model.config
-        return linear_cross_entropy(
-            hidden_BTD, weight_VD, targets_BT, loss, config.vocab_size, config.logit_softcap, num_targets
-        )
-
-    if compile_head:
-        head_loss = torch.compile(head_loss, fullgraph=True, dynamic=False)
 
     def loss_fn(params: Params, batch: Batch) -> tuple[Tensor, Aux]:
         weights, targets_BT = cast(model, params, compute_dtype), batch["targets"]
 
         def head(hidden_BTD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
-            return head_loss(hidden_BTD, weight_VD, targets_BT, batch["num_targets"])
+            vocab_size, softcap = model.config.vocab_size, model.config.logit_softcap
+            return linear_cross_entropy(
+                hidden_BTD, weight_VD, targets_BT, loss, vocab_size, softcap, batch["num_targets"], compile_head
+            )
 
         inputs = (batch["inputs"], train, batch.get("positions"), batch.get("documents"))
         value, nll_BT = apply(model, weights, *inputs, head=head)

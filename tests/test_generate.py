@@ -1,8 +1,10 @@
 """Generation: a cache changes nothing, a row is as if alone, draws are transformers', text is whole characters."""
 
+import io
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -233,6 +235,7 @@ def processed(logits_BV: torch.Tensor, rows: list[list[int]], config: GenerateCo
         {"top_k": 1},
         {"top_k": 10},
         {"top_k": 1000},
+        {"top_p": 1e-9},
         {"top_p": 0.01},
         {"top_p": 0.7},
         {"min_p": 0.1},
@@ -400,25 +403,29 @@ def shown(capsys: pytest.CaptureFixture[str], run: Path, *args: str) -> str:
 
 def test_several_prompts_as_json_end_for_their_reasons(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # 5 38 69 86 5 …; 13 94 61 30 13 …; 72 7 52 67 72 …; 28 99
-    done = command(
-        trained, "--json", "--prompt", "<5>", "--prompt", "<28>", "--prompt", "<72>", "--stop", "67", *GREEDY_FLAGS
-    )
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [line["prompt"] for line in found] == ["<5>", "<28>", "<72>"], done.stderr
+    prompts = ("--prompt", "<5>", "--prompt", "<28>", "--prompt", "<72>")
+    lines = shown(capsys, trained, "--json", *prompts, "--stop", "67", *GREEDY_FLAGS).splitlines()
+    found = [json.loads(line) for line in lines]
+    assert [line["prompt"] for line in found] == ["<5>", "<28>", "<72>"]
     assert [line["stop_reason"] for line in found] == ["length", "eod", "string"]
     assert [line["text"] for line in found] == [by_rule(5, 6).removeprefix("<5>"), "", "<7><52><"]
     assert [line["tokens"] for line in found] == [[38, 69, 86, 5, 38, 69], [], [7, 52, 67]]
     assert {line["checkpoint"] for line in found} == {str(trained / "step-00000150")}
 
 
-def test_prompts_from_a_file_and_from_a_pipe_are_the_same(trained: Path, tmp_path: Path) -> None:
+def test_prompts_from_a_file_and_from_a_pipe_are_the_same(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "prompts.txt").write_text("<5>\n<6><7>\n<8>\n")
     flags = ("--json", "--temperature", "1.5", "--num-tokens", "8")
-    file = command(trained, *flags, "--prompts", str(tmp_path / "prompts.txt"), "--batch-size", "2").stdout
-    pipe = command(trained, *flags, "--no-cache", stdin="<5>\n<6><7>\n<8>").stdout
-    assert file == pipe and len(file.splitlines()) == 3
-    shown = command(trained, *GREEDY_FLAGS, stdin="<5>\n<6>\n").stdout
-    assert shown == f"--- prompt 1\n{by_rule(5, 6)}\n--- prompt 2\n{by_rule(6, 6)}\n"
+    file = shown(capsys, trained, *flags, "--prompts", str(tmp_path / "prompts.txt"), "--batch-size", "2")
+    monkeypatch.setattr("sys.stdin", io.StringIO("<5>\n<6><7>\n<8>"))
+    assert shown(capsys, trained, *flags, "--no-cache") == file and len(file.splitlines()) == 3
+
+
+def test_several_prompts_are_told_apart(trained: Path) -> None:
+    done = command(trained, *GREEDY_FLAGS, stdin="<5>\n<6>\n")
+    assert done.stdout == f"--- prompt 1\n{by_rule(5, 6)}\n--- prompt 2\n{by_rule(6, 6)}\n", done.stderr
 
 
 def test_on_a_terminal_it_asks_for_prompts(trained: Path) -> None:
@@ -434,28 +441,29 @@ def test_on_a_terminal_it_asks_for_prompts(trained: Path) -> None:
 
 
 def test_a_mistake_ends_in_one_line(trained: Path) -> None:
-    for args, message in (
-        (("--top-p", "2"), "top_p is 2.0, but must be over 0 and at most 1"),
-        (("--topk", "2"), "Unrecognized options: --topk; did you mean --top-k?"),
-        ((), "there is no prompt in the standard input; give one a line, or --prompt TEXT"),
-    ):
-        done = command(trained, *args, stdin="")
-        assert done.returncode == 1 and message in done.stderr
-        assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1 and not done.stdout
+    done = command(trained, "--top-p", "2", stdin="<5>")
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr == "error: top_p is 2.0, but must be over 0 and at most 1\n"
 
 
-MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
-    "two ways": ({"prompts": Path("x")}, "--prompt and --prompts are both given"),
-    "empty stop": ({"stop": ("",)}, "--stop is empty"),
-    "batch": ({"batch_size": 0}, "--batch-size is 0"),
-    "context": ({"context": 65}, "--context is 65, but must be from 1 to the model's max_seq_len 64"),
+MISTAKES = {
+    "no prompt": ([], "there is no prompt in the standard input; give one a line, or --prompt TEXT"),
+    "two ways": (["--prompt", "x", "--prompts", "x"], "--prompt and --prompts are both given"),
+    "unknown flag": (["--prompt", "x", "--topk", "2"], "Unrecognized options: --topk; did you mean --top-k?"),
+    "empty stop": (["--prompt", "x", "--stop", ""], "--stop is empty"),
+    "batch": (["--prompt", "x", "--batch-size", "0"], "--batch-size is 0"),
+    "context": (
+        ["--prompt", "x", "--context", "65"],
+        "--context is 65, but must be from 1 to the model's max_seq_len 64",
+    ),
 }
 
 
-@pytest.mark.parametrize("options, message", MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_is_refused(options: dict[str, Any], message: str, trained: Path) -> None:
-    with pytest.raises(ValueError, match=message):
-        generate.main(trained, prompt=("x",), **options)
+@pytest.mark.parametrize("args, message", MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_refused(args: list[str], message: str, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        generate.run([str(trained), *args])
 
 
 def test_a_model_without_a_tokenizer_knows_no_text(tmp_path: Path) -> None:

@@ -74,7 +74,8 @@ def reference(
     loss = (1 - smoothing) * nll - smoothing * log_p.mean(-1) + z_loss * logits.exp().sum(-1).log() ** 2
     loss = loss.sum() / 77
     nll_BT = torch.zeros(targets_BT.shape, dtype=torch.float64).masked_scatter(is_valid, nll.detach())
-    return *torch.autograd.grad(loss, (hidden, weight)), loss.detach(), nll_BT
+    hidden_grad, weight_grad = torch.autograd.grad(loss, (hidden, weight))
+    return hidden_grad, weight_grad, loss.detach(), nll_BT
 
 
 @compilable

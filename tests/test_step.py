@@ -13,7 +13,7 @@ from torch.func import functional_call
 
 from modalities import dist, fsdp, step
 from modalities.data import DataConfig, TrainData
-from modalities.loss import Batch
+from modalities.loss import Batch, LossConfig
 from modalities.model import ModelConfig, build_skeleton
 from modalities.optim import OptimConfig, Params, adamw
 from modalities.pbin import write_pbin
@@ -24,6 +24,7 @@ GPT2 = ModelConfig(
     vocab_size=100, num_layers=2, width=32, num_heads=4, max_seq_len=64,
     norm="layernorm", positions="learned", activation="gelu_tanh", bias=True, tied=False,
 )  # fmt: skip
+CHUNKED = LossConfig(implementation="chunked", chunk_tokens=10)
 MODELS = {"llama": tiny.MODEL, "gpt2": GPT2, "qk_norm": replace(tiny.MODEL, qk_norm=True)}
 
 
@@ -62,9 +63,10 @@ def assert_grads_equal(grads: Params, expected: Params, bound: float) -> None:
 @pytest.mark.parametrize(
     "compile", [pytest.param(False, id="eager"), pytest.param(True, id="compiled", marks=tiny.needs_compiler)]
 )
-def test_torch_func_gradients_equal_float64(config: ModelConfig, compile: bool) -> None:
+@pytest.mark.parametrize("loss_config", [LossConfig(implementation="plain"), CHUNKED], ids=["plain", "chunked"])
+def test_torch_func_gradients_equal_float64(config: ModelConfig, compile: bool, loss_config: LossConfig) -> None:
     batch = tiny.batch(config, (4, 33), ignored=0.3)
-    loss_fn = step.make_loss_fn(build_skeleton(config), torch.float32, train=True)
+    loss_fn = step.make_loss_fn(build_skeleton(config), torch.float32, train=True, loss=loss_config)
     grads, (loss, _) = step.grad_and_value(loss_fn, sharded=False, compile=compile)(initial(config), with_count(batch))
     assert_grads_equal(grads, reference_grads(config, batch), 1e-5)
     assert loss.dtype == torch.float32
@@ -195,7 +197,7 @@ def same_on_ranks(config: ModelConfig, compile: bool) -> None:
         model = build_skeleton(config)
         fsdp.parallelize(model, world.mesh, fsdp.ParallelConfig(param_dtype="float32", compile=compile))
         params = fsdp.init_params(model, 0, world.device)
-        loss_fn = step.make_loss_fn(model, torch.float32, train=True, num_sources=3)
+        loss_fn = step.make_loss_fn(model, torch.float32, True, 3, CHUNKED, compile_head=compile)
         mine = {k: v.chunk(world.size)[world.rank].unflatten(0, (2, -1)) for k, v in batch.items()}
         grads, (_, own) = step.accumulated_grads(step.grad_and_value(loss_fn, True, compile), params, mine)
         whole = {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in grads.items()}
