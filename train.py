@@ -27,7 +27,11 @@ def main(argv: list[str]) -> None:
 
     recipe, source = recipes.load(chosen.recipe)
     if chosen.model_from is not None:
-        recipe = recipes.start_from(recipe, chosen.model_from)
+        place = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        place.add_argument("--name", default=recipe.name)
+        place.add_argument("--log.dir", dest="dir", default=recipe.log.dir)
+        run, _ = place.parse_known_args(overrides)
+        recipe = recipes.start_from(recipe, chosen.model_from, Path(run.dir, run.name))
     recipe = recipes.parse(recipe, overrides, f"train.py --recipe {chosen.recipe}")
     if chosen.dry_run:
         recipes.dry_run(recipe)

@@ -11,6 +11,8 @@ import shutil
 import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,7 @@ def save(run: Path, state: TrainState, recipe: dict[str, Any], is_main: bool) ->
         shutil.rmtree(part, ignore_errors=True)  # what a killed run left half-written
         part.mkdir(parents=True)
     barrier()
-    with quiet():
+    with one_line(f"{path} cannot be written ({{why}}); is the disk full?"):
         dcp.save({"params": state.params, "opt_state": state.opt_state}, checkpoint_id=part, no_dist=not distributed())
     barrier()
     if is_main:
@@ -120,21 +122,16 @@ def restore(path: Path, state: TrainState) -> TrainState:
     `ValueError` where it is of another model, or holds weights alone.
     """
     manifest = json.loads((path / MANIFEST).read_text())
-    try:
-        with quiet():
-            whole = {"params": state.params, "opt_state": state.opt_state}
-            dcp.load(whole, checkpoint_id=path, no_dist=not distributed())
-    except CheckpointException as error:  # no Exception, so nobody else would catch it
-        why = next(iter(error.failures.values()))[0]
-        raise ValueError(
-            f"{path} is no checkpoint of this run ({why}); to start another run from its weights give --model-from"
-        ) from None
+    problem = f"{path} is no checkpoint of this run ({{why}}); to start another run from its weights give --model-from"
+    with one_line(problem):
+        whole = {"params": state.params, "opt_state": state.opt_state}
+        dcp.load(whole, checkpoint_id=path, no_dist=not distributed())
     return TrainState(state.params, state.opt_state, manifest["step"], manifest["samples"])
 
 
 def load_params(path: Path, params: Params) -> Params:
-    """Load the weights alone of a verified checkpoint into `params`."""
-    with quiet():
+    """Load the weights alone of a verified checkpoint into `params`; `ValueError` where it is of another model."""
+    with one_line(f"the weights of {path} cannot be read ({{why}})"):
         dcp.load({"params": params}, checkpoint_id=path, no_dist=not distributed())
     return params
 
@@ -143,9 +140,23 @@ def distributed() -> bool:
     return torch.distributed.is_initialized()
 
 
-def quiet() -> warnings.catch_warnings:
-    """A context without the remarks of torch.distributed.checkpoint about a single process, which is meant."""
-    return warnings.catch_warnings(action="ignore", category=UserWarning)
+@contextmanager
+def one_line(problem: str) -> Iterator[None]:
+    """A call of torch.distributed.checkpoint, without its remarks about a single process, which is meant.
+
+    What fails in it on any rank is a ValueError on all: `problem`, in which {why} is the first cause.
+    """
+    try:
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
+            yield
+    except CheckpointException as error:  # no Exception, so nobody else would catch it
+        why = next(iter(error.failures.values()))[0]
+        if isinstance(why, KeyboardInterrupt):
+            raise why from None
+        # Of a full disk torch's writer says no more than "unexpected pos", but that came of an OSError.
+        if isinstance(why.__context__, OSError):
+            why = why.__context__
+        raise ValueError(problem.replace("{why}", " ".join(str(why).split()))) from None
 
 
 def sha256(file: Path) -> str:

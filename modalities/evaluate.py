@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from json import dumps, loads
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -178,6 +178,7 @@ def main(
     seq_len: int | None = None,
     batch_size: int = 8,
     samples: int = 0,
+    dtype: Literal["float32", "bfloat16"] | None = None,
     json: bool = False,
 ) -> None:
     """Measure loss, perplexity and bits per byte of a trained model on packed files, each of them and all together.
@@ -189,6 +190,7 @@ def main(
         seq_len: Length of a sequence [tokens]; by default the recipe's, or up to 1,024 of a Hugging Face folder.
         batch_size: Sequences that a rank puts through the model at once.
         samples: Sequences to read of each file, from its beginning; 0: all.
+        dtype: Computed in; None: as it was trained, or as a Hugging Face folder says.
         json: Print one JSON object instead of the table.
     """
     for flag, value, least in (("batch-size", batch_size, 1), ("samples", samples, 0)):
@@ -197,6 +199,8 @@ def main(
     with dist.setup() as world:
         with dist.all_or_none():
             loaded = trained.load(model, world.device)
+            if dtype:
+                loaded = replace(loaded, dtype=getattr(torch, dtype))
             config, vocab_size = data_config(loaded, data, masks, seq_len), loaded.model.config.vocab_size
             files, bytes_V = open_val(config, vocab_size, samples, batch_size, world), None
             if loaded.tokenizer is not None and loaded.tokenizer.is_file():

@@ -259,18 +259,19 @@ def _read_rope(found: dict[str, Any], max_seq_len: int) -> tuple[Any, dict[str, 
 
 def _read_window(found: dict[str, Any], family: Family, num_layers: int) -> Any:
     """The sliding window of all layers [tokens], or None; layers that differ are refused."""
-    if family is LLAMA:
-        window, first = None, 0
-    elif family is MISTRAL:
-        window, first = found.get("sliding_window", MISTRAL_WINDOW), 0
-    else:
-        window = found.get("sliding_window", MISTRAL_WINDOW) if found.get("use_sliding_window") else None
-        first = found.get("max_window_layers", 28)
+    window, first = None, 0
+    if family is MISTRAL:
+        window = found.get("sliding_window", MISTRAL_WINDOW)
+    elif family is not LLAMA and found.get("use_sliding_window"):
+        window, first = found.get("sliding_window", MISTRAL_WINDOW), found.get("max_window_layers", 28)
+    if not isinstance(first, int):
+        raise ValueError(f"max_window_layers is {_shown(first)}, but should be int")
     derived = [SLIDING if window is not None and i >= first else FULL for i in range(num_layers)]
     kinds = found.get("layer_types") or derived
     # Qwen alone reads `layer_types`; elsewhere they may only repeat what holds anyway.
     if kinds not in ([SLIDING] * num_layers, [FULL] * num_layers) or (family in (LLAMA, MISTRAL) and kinds != derived):
-        raise ValueError(f"layer_types is {_shown(sorted(set(map(str, kinds))))}, but only layers alike can be done")
+        kinds = sorted(set(map(str, kinds))) if isinstance(kinds, list) else kinds
+        raise ValueError(f"layer_types is {_shown(kinds)}, but only layers alike can be done")
     return window if kinds[0] == SLIDING else None
 
 

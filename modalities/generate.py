@@ -344,6 +344,7 @@ def main(
     batch_size: int = 16,
     context: int | None = None,
     cache: bool = True,
+    dtype: Literal["float32", "bfloat16"] | None = None,
     json: bool = False,
 ) -> None:
     """Continue texts with a trained model.
@@ -358,6 +359,7 @@ def main(
         batch_size: Prompts that are continued together.
         context: Tokens that the model sees; None: what it was trained on.
         cache: Keep keys and values; without, every token costs a pass over the whole text.
+        dtype: Computed in; None: as it was trained, or as a Hugging Face folder says.
         json: Print one JSON object a prompt with checkpoint, prompt, text, tokens and stop_reason.
     """
     given = find_prompts(prompt, prompts)
@@ -373,7 +375,8 @@ def main(
     tokenizer = load_tokenizer(trained.tokenizer, trained.model.config.vocab_size)
     ends = end_tokens(trained, tokenizer)
     eod = None if trained.eod is None else tokenizer.token_to_id(trained.eod)
-    decoder = make_decoder(trained.model, trained.params, trained.dtype, device)
+    computed_in = getattr(torch, dtype) if dtype else trained.dtype
+    decoder = make_decoder(trained.model, trained.params, computed_in, device)
 
     def answer(prompts: Sequence[str], first_row: int, stream: bool) -> None:
         texts = [Continuation(tokenizer, prompt_tokens(tokenizer, text, eod), ends, stop) for text in prompts]
@@ -426,14 +429,9 @@ def ask() -> Iterator[str]:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives `input` the arrow keys)
     print("Each line is a prompt; an empty one ends.", file=sys.stderr)
-    while True:
-        try:
-            line = input("> ")
-        except EOFError:
-            return
-        if not line:
-            return
-        yield line
+    with contextlib.suppress(EOFError):
+        while line := input("> "):
+            yield line
 
 
 def run(args: list[str]) -> None:

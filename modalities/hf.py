@@ -27,15 +27,15 @@ from modalities.model import ModelConfig, build_skeleton, num_params
 from modalities.optim import Params
 from modalities.pbin import fsync, refuse_existing
 from modalities.step import TrainState, apply
-from modalities.trained import Found
+from modalities.trained import TOKENIZER_FILES, Found
 
 Dtype = Literal["float32", "bfloat16"]
 SAFETENSORS = {"float32": "F32", "bfloat16": "BF16"}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 # What is kept of a `tokenizer_config.json`, beside the chat template; the rest is for tokenizers of another class.
 TOKENS = {f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
-# Weights that together with the libraries stay under 1 GB: a model up to this size is also run.
-RUN_BELOW = 5 * 10**8
+# Memory that an export may take beside its largest file [bytes]: a model that fits into both twice is also run.
+MEMORY = 10**9
 # Of the largest logit: what a rounding of the weights to 8 bits may cost; without it the logits are the same.
 LOGITS_BOUND = {"float32": 1e-6, "bfloat16": 0.1}
 
@@ -55,7 +55,7 @@ def export(
         max_shard_size: Largest weights file, such as 5GB or 300MB; a tensor that is larger has a file of its own.
         dtype: Of the weights; float32 keeps them to the bit.
     """
-    refuse_existing(out)
+    refuse_out(out)
     limit, source = parse_size(max_shard_size), find_checkpoint(run, step)
     stored = families.layout(source.config)
     text, facts = text_files(source)
@@ -183,7 +183,8 @@ def text_files(source: Found) -> tuple[dict[str, bytes], dict[str, Any]]:
 
     def id_of(token: Any) -> int | None:
         """`tokenizer_config.json` may hold a token with its flags."""
-        return tokenizer.token_to_id((token.get("content") if isinstance(token, dict) else token) or "")
+        text = token.get("content") if isinstance(token, dict) else token
+        return tokenizer.token_to_id(text) if isinstance(text, str) else None
 
     # A token that is not there would become a new one, of an id that the model lacks.
     kept = {key: value for key, value in known.items() if key in TOKENS and id_of(value) is not None}
@@ -263,8 +264,9 @@ def check(folder: Path, source: Found, digests: dict[str, str], dtype: Dtype) ->
         raise ValueError(f"{folder}: {min(different)} is not what was written; is the disk full or damaged?")
     text = f"all {len(found)} parameters are there once, and equal to the checkpoint's to the bit"
     text += "" if dtype == "float32" else f" once rounded to {dtype}"
-    if 4 * num_params(config) > RUN_BELOW:
-        return f"{text}; logits were not compared, for the model has more than {RUN_BELOW / 1e6:.0f} MB"
+    room = max(file.stat().st_size for file in folder.glob("*.safetensors")) + MEMORY
+    if 2 * 4 * num_params(config) > room:
+        return f"{text}; logits were not compared, for two such models need more than {room / 1e6:,.0f} MB"
     empty = {name: torch.empty(shape) for name, shape in shapes_of(source.config).items()}
     ours = some_logits(source.config, checkpoint.load_params(source.folder, empty))
     del empty
@@ -302,10 +304,12 @@ def import_folder(folder: Path, /, out: Path) -> None:
         folder: What transformers' save_pretrained wrote: config.json, safetensors, tokenizer.json.
         out: The run's folder to be made.
     """
-    refuse_existing(out)
+    refuse_out(out)
     source = trained.find_hugging_face(folder)
     config, has_tokenizer = source.config, source.tokenizer is not None
-    eod = (source.eod or find_eod(folder, config.vocab_size)) if has_tokenizer else None
+    if source.tokenizer is not None:
+        trained.load_tokenizer(source.tokenizer, config.vocab_size)  # which a model of fewer tokens refuses
+    eod = source.eod if has_tokenizer else None
     data = DataConfig(
         # Whoever trains on it names data of their own.
         train=("data/train.pbin",),
@@ -318,6 +322,7 @@ def import_folder(folder: Path, /, out: Path) -> None:
         "name": out.resolve().name,
         "steps": 1,
         "model": to_dict(config),
+        "model_from": str(out),  # so that a run of this recipe under another name starts from these weights
         "data": to_dict(data),
         "parallel": to_dict(ParallelConfig(param_dtype="bfloat16" if source.dtype == torch.bfloat16 else "float32")),
         "log": {"dir": str(out.parent)},
@@ -326,7 +331,7 @@ def import_folder(folder: Path, /, out: Path) -> None:
         params = dict(families.read_weights(folder, config))
         checkpoint.save(part, TrainState(params, {}), recipe, is_main=True)
         write_json(part / "recipe.json", recipe)
-        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja") if has_tokenizer else ():
+        for name in ("tokenizer.json", *TOKENIZER_FILES) if has_tokenizer else ():
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, part / name)
     print(f"{out}: {num_params(config):,} parameters from {folder}, as the checkpoint step-00000000")
@@ -336,18 +341,15 @@ def import_folder(folder: Path, /, out: Path) -> None:
         print(f"{folder} names no token that ends texts (eos_token), so data.eod is empty")
 
 
-def find_eod(folder: Path, vocab_size: int) -> str | None:
-    """The text of the token that ends texts, by the number that a folder's files give it; None if none does."""
-    tokenizer = trained.load_tokenizer(folder / "tokenizer.json", vocab_size)
-    for name in ("generation_config.json", "config.json"):
-        found = trained.read_json(folder / name).get("eos_token_id")
-        first = found[0] if isinstance(found, list) and found else found
-        if isinstance(first, int) and tokenizer.id_to_token(first) is not None:
-            return tokenizer.id_to_token(first)
-    return None
-
-
 # ---------------------------------------------------------------------------------------------------------------- files
+
+
+def refuse_out(out: Path) -> None:
+    """ValueError for a folder that exists, or that a run would take for one of its checkpoints."""
+    refuse_existing(out)
+    whole = out.resolve()
+    if re.fullmatch(r"step-\d+", whole.name) and any(whole.parent.glob(f"step-*/{checkpoint.MANIFEST}")):
+        raise ValueError(f"{out} would lie among the checkpoints of a run and be taken for one; give another --out")
 
 
 @contextmanager

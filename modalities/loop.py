@@ -10,13 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from modalities import checkpoint, dist, fsdp, generate, log, optim, step, trained
+from modalities import attention, checkpoint, dist, fsdp, generate, log, optim, step, trained
 from modalities.config import differences, to_dict
 from modalities.data import TrainData, open_val
 from modalities.loss import Batch, choose
 from modalities.model import build_skeleton, flops_per_token, num_params
 from modalities.pbin import write_beside
-from modalities.recipe import Recipe, check_ranks, from_json
+from modalities.recipe import Recipe, check_ranks, check_start, from_json
 from modalities.rng import fold
 from modalities.step import TrainState
 
@@ -24,7 +24,7 @@ from modalities.step import TrainState
 # computed but the order of roundings, and the random numbers of dropout.
 HARMLESS = (
     "name", "log.", "checkpoint.", "eval.", "sample.", "data.names", "data.val", "data.tokenizer", "data.eod",
-    "parallel.micro_batch", "parallel.compile", "loss.implementation", "loss.chunk_tokens",
+    "model.attention", "parallel.micro_batch", "parallel.compile", "loss.implementation", "loss.chunk_tokens",
 )  # fmt: skip
 
 
@@ -97,7 +97,12 @@ def start(recipe: Recipe, source: Path | None, world: dist.World) -> tuple[Run, 
         state = checkpoint.restore(newest, state)
     elif recipe.model_from:
         with dist.all_or_none():
-            found = trained.find(Path(recipe.model_from))
+            # On one rank, for it hashes the whole checkpoint.
+            source_model = trained.find(Path(recipe.model_from)) if world.is_main else None
+        found = dist.broadcast_from_main(source_model)
+        assert found is not None
+        with dist.all_or_none():
+            check_start(recipe, found)
         trained.load_weights(found, state.params)
     with dist.all_or_none():
         run.check_data(state.samples)
@@ -110,6 +115,7 @@ def start(recipe: Recipe, source: Path | None, world: dist.World) -> tuple[Run, 
 def build(recipe: Recipe, world: dist.World) -> tuple[Run, TrainState]:
     """The run's functions and its initial state: skeleton → parallelize → initial weights → functions of them."""
     sharded = world.mesh is not None
+    attention.choose(recipe.model.attention, world.device)
     parallel, model = fsdp.without_missing_compiler(recipe.parallel, world.device), build_skeleton(recipe.model)
     data = TrainData(recipe.data, recipe.model.vocab_size, recipe.seed, parallel.micro_batch, world)
     optimizer = optim.adamw(recipe.optim, [name for name, _ in model.named_parameters()])
@@ -132,7 +138,9 @@ def build(recipe: Recipe, world: dist.World) -> tuple[Run, TrainState]:
     val = open_val(recipe.data, recipe.model.vocab_size, recipe.eval.samples, parallel.micro_batch, world)
     tokenizer = None
     if recipe.sample.every and recipe.data.tokenizer:
-        tokenizer = generate.load_tokenizer(Path(recipe.data.tokenizer), recipe.model.vocab_size)
+        kept = recipe.folder / "tokenizer.json"
+        path = kept if kept.is_file() else Path(recipe.data.tokenizer)
+        tokenizer = generate.load_tokenizer(path, recipe.model.vocab_size)
 
     def evaluate(params: optim.Params) -> dict[str, Tensor]:
         return {name: eval_step(params, batches) for name, batches in val.items()}
@@ -168,6 +176,8 @@ def describe_folder(recipe: Recipe, source: Path | None, facts: dict[str, Any]) 
         files["recipe.py"] = source.read_bytes()
     if Path(recipe.data.tokenizer).is_file():
         files["tokenizer.json"] = Path(recipe.data.tokenizer).read_bytes()
+        beside = (Path(recipe.data.tokenizer).with_name(name) for name in trained.TOKENIZER_FILES)
+        files |= {path.name: path.read_bytes() for path in beside if path.is_file()}
     for name, content in files.items():
         if not (recipe.folder / name).exists():
             with write_beside(recipe.folder / name) as file:

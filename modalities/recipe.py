@@ -25,6 +25,15 @@ from modalities.optim import OptimConfig
 from modalities.ranks import is_main, world_size
 from modalities.step import EvalConfig
 
+# Of the model's fields: what is free to differ from the model whose weights are taken, and what is not.
+OF_TRAINING = ("attention", "embed_dropout", "attn_dropout", "resid_dropout", "init_std")
+OF_WEIGHTS = (
+    "vocab_size", "num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "mlp_width", "norm", "positions",
+    "activation", "qk_norm", "bias", "qkv_bias", "tied",
+)  # fmt: skip
+IN_FULL = {"num_kv_heads": "kv_heads", "head_dim": "head_width", "mlp_width": "mlp_hidden"}
+"""Where a field may be None, the property that has its value."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -56,6 +65,10 @@ class Recipe:
             raise ValueError(
                 f"optim.schedule: warmup {schedule.warmup} and decay {schedule.decay} do not fit into the run's "
                 f"{self.steps * stride} {schedule.unit}"
+            )
+        if self.model.attention == "flash" and self.parallel.param_dtype == "float32":
+            raise ValueError(
+                "model.attention 'flash' computes in bfloat16 alone, but parallel.param_dtype is float32; change one"
             )
         if "/" in self.name or self.name in (".", ".."):
             raise ValueError(f"name is {self.name!r}, but must be a folder's name; log.dir says where it lies")
@@ -118,13 +131,35 @@ def _from_python(path: Path) -> Recipe:
         raise ValueError(f"{path}: {error}") from None
 
 
-def start_from(recipe: Recipe, path: Path) -> Recipe:
-    """`recipe` for the model at `path` and its tokenizer, with its weights to start from."""
-    found = trained.find(path)
-    data = replace(recipe.data, seq_len=min(recipe.data.seq_len, found.config.max_seq_len))
-    if found.tokenizer is not None:
-        data = replace(data, tokenizer=str(found.tokenizer), eod=found.eod or data.eod)
-    return replace(recipe, model=found.config, model_from=str(path), data=data)
+def start_from(recipe: Recipe, path: Path, folder: Path) -> Recipe:
+    """`recipe` for the model at `path` and its tokenizer, with its weights to start from.
+
+    A run in `folder` that was begun so keeps what it began with: the source may have been trained on since, or be gone.
+    """
+    old = from_json(folder / "recipe.json") if (folder / "recipe.json").is_file() else None
+    if old is not None and path in (Path(old.model_from), Path(old.model_from).parent):
+        model, begun, tokenizer, eod = old.model, old.model_from, old.data.tokenizer, old.data.eod
+    else:
+        found = trained.find(path)
+        # The checkpoint itself, for a run's newest may be another tomorrow.
+        model, begun, tokenizer, eod = found.config, str(found.folder), str(found.tokenizer or ""), found.eod or ""
+        # How it is computed and trained is the recipe's.
+        model = replace(model, **{name: getattr(recipe.model, name) for name in OF_TRAINING})
+    data = replace(recipe.data, seq_len=min(recipe.data.seq_len, model.max_seq_len))
+    if tokenizer:
+        data = replace(data, tokenizer=tokenizer, eod=eod)
+    return replace(recipe, model=model, model_from=begun, data=data)
+
+
+def check_start(recipe: Recipe, found: trained.Found) -> None:
+    """Raise ValueError if the weights of `found` would mean something else in the recipe's model."""
+    for name in OF_WEIGHTS:
+        theirs, ours = (getattr(model, IN_FULL.get(name, name)) for model in (found.config, recipe.model))
+        if theirs != ours:
+            raise ValueError(
+                f"model.{name} is {ours}, but the weights of model_from {found.folder} are for {theirs}; "
+                "leave the model as it is there"
+            )
 
 
 def parse(recipe: Recipe, args: Sequence[str], prog: str) -> Recipe:
@@ -156,6 +191,8 @@ def dry_run(recipe: Recipe) -> None:
     """Print the resolved recipe, its size, FLOPs, memory per rank and the first batch's shape, once for all ranks."""
     ranks = world_size()
     check_ranks(recipe, ranks)
+    if recipe.model_from:
+        check_start(recipe, trained.find(Path(recipe.model_from)))
     description = describe(recipe, ranks)
     if is_main():
         print(description)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from modalities import checkpoint
-from modalities.config import from_dict
+from modalities.config import from_dict, printable
 from modalities.fsdp import assign
 from modalities.model import ModelConfig, Transformer, build_skeleton
 from modalities.optim import Params
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 HALVES = ("bfloat16", "float16")
+TOKENIZER_FILES = ("tokenizer_config.json", "chat_template.jinja")
+"""What may lie beside a `tokenizer.json` and say more of it: an export looks for these, and an import keeps them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,15 +99,40 @@ def find_hugging_face(folder: Path) -> Found:
 
     config, facts = families.read_config(folder), read_json(folder / "config.json")
     saved_dtype = str(facts.get("dtype") or facts.get("torch_dtype")).removeprefix("torch.")
-    eod = read_json(folder / "tokenizer_config.json").get("eos_token")
     return Found(
         folder=folder,
         config=config,
         tokenizer=folder / "tokenizer.json" if (folder / "tokenizer.json").is_file() else None,
-        eod=eod["content"] if isinstance(eod, dict) else eod,  # an AddedToken is saved with its flags
+        eod=find_eod(folder, config.vocab_size),
         recipe=None,
         dtype=getattr(torch, saved_dtype) if saved_dtype in HALVES else torch.float32,
     )
+
+
+def find_eod(folder: Path, vocab_size: int) -> str | None:
+    """The text of the token that ends texts, by name or by the number that a folder's files give it; None: unknown."""
+    path = folder / "tokenizer_config.json"
+    found = read_json(path).get("eos_token")
+    eod = found.get("content") if isinstance(found, dict) else found  # an AddedToken is saved with its flags
+    if found is not None and not isinstance(eod, str):
+        raise ValueError(f"{path}: eos_token is {printable(repr(found))}, but should be a token's text")
+    ids = [token for token in eos_ids(folder) or () if 0 <= token < vocab_size]
+    if eod or not ids or not (folder / "tokenizer.json").is_file():
+        return eod or None
+    tokenizer = load_tokenizer(folder / "tokenizer.json", vocab_size)
+    return next(filter(None, map(tokenizer.id_to_token, ids)), None)
+
+
+def eos_ids(folder: Path) -> list[int] | None:
+    """The tokens that end a text by the first of a Hugging Face folder's files that says so; None if none does."""
+    for name in ("generation_config.json", "config.json"):
+        found = read_json(folder / name).get("eos_token_id")
+        ids: list[Any] = found if isinstance(found, list) else [found]
+        if found is not None and not all(type(token) is int for token in ids):
+            raise ValueError(f"{folder / name}: eos_token_id is {printable(repr(found))}, but should be int")
+        if found is not None:
+            return ids
+    return None
 
 
 def load(path: Path, device: torch.device) -> Trained:
@@ -173,10 +200,8 @@ def load_tokenizer(path: Path, vocab_size: int) -> "Tokenizer":
 
 def end_tokens(trained: Trained, tokenizer: "Tokenizer") -> frozenset[int]:
     """The tokens that end a text: those of a Hugging Face folder's own generation, or else the end of documents."""
-    if trained.recipe is None:
-        for name in ("generation_config.json", "config.json"):
-            found = read_json(trained.folder / name).get("eos_token_id")
-            if found is not None:
-                return frozenset(found if isinstance(found, list) else [found])
+    ids = eos_ids(trained.folder) if trained.recipe is None else None
+    if ids is not None:
+        return frozenset(ids)
     end = None if trained.eod is None else tokenizer.token_to_id(trained.eod)
     return frozenset() if end is None else frozenset({end})

@@ -171,6 +171,11 @@ def test_the_rope_of_older_versions() -> None:
         ({"num_attention_heads": 5}, "model.num_heads 5 does not divide"),
         ({"rope_theta": -1.0}, "model.rope_theta is -1.0"),
         ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 1}, "layer_types is .*layers alike"),
+        (
+            {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": None},
+            "max_window_layers is None, but should be int",
+        ),
+        ({"layer_types": 5}, "layer_types is 5, but only layers alike"),
         ({"model_type": "qwen3", "attention_bias": True}, "attention_bias is True"),
         ({"model_type": "gpt2", **GPT2, "scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ({"model_type": "gpt2", **GPT2, "scale_attn_weights": False}, "scale_attn_weights is False"),

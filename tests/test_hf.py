@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -25,7 +26,7 @@ from modalities.config import to_dict
 from modalities.data import open_val
 from modalities.dist import World
 from modalities.families import layout, read_config, read_weights
-from modalities.model import ModelConfig, build_skeleton, initial_weight
+from modalities.model import ModelConfig, build_skeleton, initial_weight, num_params
 from modalities.recipe import Recipe, from_json
 from modalities.step import EvalConfig, TrainState, apply
 
@@ -187,6 +188,19 @@ def test_the_checkpoint_of_a_step(tmp_path: Path) -> None:
         hf.export(run, tmp_path / "out")
 
 
+def test_logits_are_compared_where_memory_allows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_checkpoint(tmp_path / "run")
+    source, size = hf.find_checkpoint(tmp_path / "run", None), 4 * num_params(tiny.MODEL)
+    hf.export(tmp_path / "run", tmp_path / "out")
+    params = trained.load(tmp_path / "run", CPU).params
+    rows = {name: count for stored in layout(source.config).values() for name, count in stored.rows.items()}
+    digests = {name: hf.digest(param[: rows[name]]) for name, param in params.items()}
+    file = (tmp_path / "out" / "model.safetensors").stat().st_size
+    for room, told in ((2 * size, "logits differ by at most"), (2 * size - 1, "logits were not compared")):
+        monkeypatch.setattr(hf, "MEMORY", room - file)
+        assert told in hf.check(tmp_path / "out", source, digests, "float32")
+
+
 def test_a_damaged_checkpoint_is_not_exported(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "run")
     with pytest.raises(ValueError, match="holds no checkpoint; give a run"):
@@ -302,20 +316,45 @@ def test_a_folder_without_tokenizer_is_imported_with_a_word(tmp_path: Path, caps
     assert trained.load(tmp_path / "new", CPU).tokenizer is None
 
 
-@pytest.mark.parametrize(
-    ("files", "eod"),
-    [
-        ({"generation_config.json": {"eos_token_id": [7, 0]}, "config.json": {"eos_token_id": 0}}, "\u0107"),
-        ({"config.json": {"eos_token_id": 0}}, "<eod>"),
-        ({"config.json": {"eos_token_id": 5000}}, None),
-        ({}, None),
-    ],
-)
-def test_the_token_that_ends_texts_is_found(tmp_path: Path, files: dict[str, Any], eod: str | None) -> None:
-    write_words(tmp_path / "tokenizer.json", VOCAB)
-    for name, content in files.items():
-        hf.write_json(tmp_path / name, content)
-    assert hf.find_eod(tmp_path, 100) == eod
+def test_training_on_an_import_starts_from_its_weights(run: Path, exported: Path, tmp_path: Path) -> None:
+    hf.import_folder(exported, tmp_path / "new")
+    imported, first = from_json(tmp_path / "new" / "recipe.json"), from_json(run / "recipe.json")
+    assert imported.model_from == str(tmp_path / "new")
+    data = replace(imported.data, train=first.data.train, val=first.data.val, seq_len=32, global_batch=8)
+    parallel = replace(first.parallel, micro_batch=8)
+    more = loop.train(
+        replace(imported, name="more", data=data, parallel=parallel, eval=EvalConfig(every=1), sample=first.sample)
+    )
+    losses = [
+        [line["val/val/loss"] for line in map(json.loads, path.open()) if "val/val/loss" in line]
+        for path in (run / "metrics.jsonl", more / "metrics.jsonl")
+    ]
+    assert losses[1][0] == pytest.approx(losses[0][-1], rel=1e-5)
+
+
+def test_a_tokenizer_that_is_larger_than_the_model_is_not_imported(exported: Path, tmp_path: Path) -> None:
+    theirs = shutil.copytree(exported, tmp_path / "theirs")
+    write_words(theirs / "tokenizer.json", VOCAB | {"z": 100})
+    with pytest.raises(ValueError, match=r"has token 100, but model\.vocab_size is 100"):
+        hf.import_folder(theirs, tmp_path / "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
+def test_a_folder_that_a_run_would_take_for_a_checkpoint_is_refused(exported: Path, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "run")
+    for make, source in ((hf.export, tmp_path / "run"), (hf.import_folder, exported)):
+        with pytest.raises(ValueError, match="step-9 would lie among the checkpoints of a run"):
+            make(source, tmp_path / "run" / "step-9")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["step-00000000"]
+    hf.import_folder(exported, tmp_path / "step-9")
+
+
+def test_a_full_disk_ends_an_import_in_one_line_and_leaves_nothing(exported: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "modalities.hf", "import", str(exported), "--out", str(tmp_path / "new")]
+    done = subprocess.run(["bash", "-c", 'ulimit -f 1; "$@"', "bash", *command], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, ""), done
+    assert done.stderr.endswith("step-00000000 cannot be written ([Errno 27] File too large); is the disk full?\n")
+    assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
 def test_a_chat_template_and_the_first_token_survive(exported: Path, tmp_path: Path) -> None:
@@ -329,7 +368,7 @@ def test_a_chat_template_and_the_first_token_survive(exported: Path, tmp_path: P
         "chat_template": "{{ 1 }}",
         "add_bos_token": True,
     }
-    facts |= {"unk_token": "<not there>", "tokenizer_class": "OfAnother"}
+    facts |= {"unk_token": "<not there>", "pad_token": 5, "tokenizer_class": "OfAnother"}
     hf.write_json(theirs / "tokenizer_config.json", facts)
     hf.import_folder(theirs, tmp_path / "new")
     hf.export(tmp_path / "new", tmp_path / "out")

@@ -11,6 +11,8 @@ import pytest
 import torch
 from test_loop import assert_same_weights, losses
 
+from modalities.pbin import open_pbin
+
 ROOT = Path(__file__).parents[1]
 # Small enough for a test, whole in every part: the recipe is `demo` with these overrides.
 SMALL_MODEL = ["--model.num-layers=2", "--model.width=64", "--model.num-heads=4", "--model.max-seq-len=64"]
@@ -87,6 +89,55 @@ def test_recipe_json_reproduces_a_run_to_the_bit(here: Path) -> None:
     train("--recipe", "runs/x/recipe.json", "--name", "y", cwd=here)
     assert_same_weights(here / "runs/x", here / "runs/y")
     assert losses(here / "runs/x") == losses(here / "runs/y")
+
+
+def test_model_from_on_the_command_line(here: Path) -> None:
+    """A run begun from another's weights goes on by the same command, whatever became of the other."""
+    train("--recipe", "demo", "--name", "x", *SMALL, "--steps", "4", cwd=here)
+    again = ("--recipe", "demo", "--name", "y", "--model-from", "runs/x", *SMALL_RUN, "--model.resid-dropout", "0.1")
+    train(*again, "--steps", "2", cwd=here)
+    recipe = json.loads((here / "runs/y/recipe.json").read_text())
+    assert recipe["model_from"] == "runs/x/step-00000004" and recipe["model"]["resid_dropout"] == 0.1
+    shutil.move(here / "runs/x", here / "gone")
+    assert "y is trained" in train(*again, "--steps", "2", cwd=here)
+    text = command("-m", "modalities.generate", "runs/y", "--prompt", "def ", "--num-tokens", "3", cwd=here).stdout
+    assert text.startswith("def ")
+
+
+def test_a_run_opens_in_transformers(here: Path) -> None:
+    """Trained in bf16, as recipes are: in fp32 it is the same model here and there."""
+    transformers = pytest.importorskip("transformers")
+    train("--recipe", "demo", *SMALL, "--parallel.param-dtype=bfloat16", "--steps", "30", cwd=here)
+    shown = command("-m", "modalities.hf", "export", "runs/demo", "--out", "hf", cwd=here)
+    assert shown.returncode == 0 and "to the bit" in shown.stdout, shown.stderr
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(here / "hf", output_loading_info=True)
+    assert not any(info.values())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(here / "hf")
+
+    prompt = "    def __init__(self"
+    tokens = tokenizer(prompt, return_tensors="pt")
+    theirs = model.generate(**tokens, max_new_tokens=30, do_sample=False)[0]
+    args = ("--prompt", prompt, "--temperature", "0", "--num-tokens", "30", "--dtype", "float32")
+    for source in ("runs/demo", "hf"):
+        ours = command("-m", "modalities.generate", source, *args, cwd=here).stdout
+        assert ours == tokenizer.decode(theirs, skip_special_tokens=True) + "\n"
+
+    stream = torch.from_numpy(open_pbin(here / "data/demo/val.pbin").tokens[: 8 * 64 + 1].astype("int64"))
+    with torch.no_grad():
+        logits = model(stream[:-1].view(8, 64)).logits
+    loss = float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), stream[1:]))
+    options = ("--data", "data/demo/val.pbin", "--seq-len", "64", "--samples", "8", "--dtype", "float32", "--json")
+    for source in ("runs/demo", "hf"):
+        found = json.loads(command("-m", "modalities.evaluate", source, *options, cwd=here).stdout)
+        assert found["total"]["loss"] == pytest.approx(loss, rel=1e-6)
+
+
+def test_a_backend_that_cannot_run_leaves_no_folder(here: Path) -> None:
+    args = ("--recipe", "demo", "--name", "f", "--model.attention", "flash")
+    done = command(str(ROOT / "train.py"), *args, cwd=here)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "model.attention 'flash' cannot run here: it needs a CUDA device" in done.stderr
+    assert not (here / "runs/f").exists()
 
 
 def test_gpt2_60m_on_one_and_two_ranks(here: Path) -> None:

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from modalities import checkpoint, loop
 from modalities.checkpoint import CheckpointConfig
 from modalities.generate import GenerateConfig, make_decoder
-from modalities.trained import end_tokens, load, load_tokenizer
+from modalities.trained import end_tokens, find, load, load_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -159,6 +159,43 @@ def test_a_folder_says_its_dtype_and_where_texts_end(tmp_path: Path) -> None:
     assert end_tokens(trained, tokenizer) == {7}
     (tmp_path / "config.json").unlink()
     assert end_tokens(trained, tokenizer) == {99}
+
+
+@pytest.mark.parametrize(
+    ("files", "eod"),
+    [
+        ({"tokenizer_config.json": {"eos_token": "<5>"}, "config.json": {"eos_token_id": 0}}, "<5>"),
+        ({"tokenizer_config.json": {"eos_token": {"content": "<5>", "lstrip": False}}}, "<5>"),
+        ({"generation_config.json": {"eos_token_id": [7, 0]}, "config.json": {"eos_token_id": 0}}, "<7>"),
+        ({"tokenizer_config.json": {"eos_token": None}, "config.json": {"eos_token_id": 0}}, "<0>"),
+        ({"config.json": {"eos_token_id": 5000}}, None),
+        ({"config.json": {"eos_token_id": -1}}, None),
+        ({}, None),
+    ],
+)
+def test_the_token_that_ends_texts_is_found(tmp_path: Path, files: dict[str, Any], eod: str | None) -> None:
+    write_tokenizer(tmp_path / "tokenizer.json")
+    for name, content in ({"config.json": {}} | files).items():
+        facts = {"model_type": "llama", **LLAMA, "eos_token_id": None} if name == "config.json" else {}
+        (tmp_path / name).write_text(json.dumps(facts | content))
+    assert find(tmp_path).eod == eod
+
+
+@pytest.mark.parametrize(
+    "name, facts",
+    [
+        ("tokenizer_config.json", {"eos_token": 5}),
+        ("tokenizer_config.json", {"eos_token": {"lstrip": False}}),
+        ("generation_config.json", {"eos_token_id": ["<5>"]}),
+        ("generation_config.json", {"eos_token_id": {}}),
+    ],
+)
+def test_an_end_of_a_wrong_type_is_named(tmp_path: Path, name: str, facts: dict[str, Any]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **LLAMA}))
+    (tmp_path / name).write_text(json.dumps(facts))
+    with pytest.raises(ValueError, match=rf"{name}: eos_token(_id)? is .*, but should be") as raised:
+        find(tmp_path)
+    assert "\n" not in str(raised.value)
 
 
 def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:
