@@ -38,7 +38,7 @@ class LossConfig:
     """Share of the target distribution that is spread evenly over the vocabulary."""
     implementation: Literal["auto", "plain", "chunked"] = "auto"
     """plain: all logits at once; chunked: never more than `chunk_tokens` tokens' logits; auto: by the logits' size."""
-    chunk_tokens: int = 512
+    chunk_tokens: int = 1024
     """Tokens whose logits exist at a time, where chunked; more is faster up to a point."""
 
     def __post_init__(self) -> None:
