@@ -52,8 +52,6 @@ def make_mask(
     """
     chosen = choose(backend, device)
     window = None if window is None or window >= num_keys else window
-    if documents_BT is not None and documents_BS is None:
-        documents_BS = documents_BT
     if chosen == "flex":
         return Mask(
             chosen, window, blocks=_flex_blocks(num_queries, num_keys, window, documents_BT, documents_BS, device)

@@ -419,6 +419,7 @@ def test_prompts_from_a_file_and_from_a_pipe_are_the_same(
     (tmp_path / "prompts.txt").write_text("<5>\n<6><7>\n<8>\n")
     flags = ("--json", "--temperature", "1.5", "--num-tokens", "8")
     file = shown(capsys, trained, *flags, "--prompts", str(tmp_path / "prompts.txt"), "--batch-size", "2")
+    # Python's, not ours: what a pipe would hold. A pipe itself is in the tests of the command line.
     monkeypatch.setattr("sys.stdin", io.StringIO("<5>\n<6><7>\n<8>"))
     assert shown(capsys, trained, *flags, "--no-cache") == file and len(file.splitlines()) == 3
 
@@ -461,6 +462,7 @@ MISTAKES = {
 
 @pytest.mark.parametrize("args, message", MISTAKES.values(), ids=MISTAKES)
 def test_a_mistake_is_refused(args: list[str], message: str, trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # An empty pipe, for the test's own standard input may be a terminal.
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     with pytest.raises(ValueError, match=re.escape(message)):
         generate.run([str(trained), *args])

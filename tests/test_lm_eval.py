@@ -50,6 +50,7 @@ def cut(words: list[str], tokenizer: Tokenizer, multiple: int, least: int) -> tu
     raise AssertionError("no such text")
 
 
+# `make test-all` installs it; `make test` does without its 390 MB.
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed")
 def test_the_harness_finds_our_bits_per_byte(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
