@@ -1,7 +1,6 @@
 """How a model is compiled and spread over ranks: compile each block → `fully_shard`. The only place that does it."""
 
-import os
-import shutil
+import types
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -11,7 +10,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from modalities.model import Transformer, initial_weight
+from modalities.compiling import can_compile, compiled
+from modalities.model import Block, Transformer, initial_weight
 from modalities.optim import Params, local
 from modalities.rng import fold
 
@@ -40,8 +40,7 @@ class ParallelConfig:
 
 def without_missing_compiler(config: ParallelConfig, device: torch.device) -> ParallelConfig:
     """`config`, but without compilation on a CPU that has no C++ compiler: a bare machine trains too, only slower."""
-    compiler = device.type != "cpu" or shutil.which(os.environ.get("CXX", "g++"))
-    return config if compiler else replace(config, compile=False)
+    return config if can_compile(device) else replace(config, compile=False)
 
 
 def parallelize(model: Transformer, mesh: DeviceMesh | None, config: ParallelConfig) -> None:
@@ -57,10 +56,11 @@ def parallelize(model: Transformer, mesh: DeviceMesh | None, config: ParallelCon
         # The weights alone decide the dtype: RoPE's angles, which blocks are given, must stay in fp32.
         cast_forward_inputs=False,
     )
+    block_forward = compiled(Block.forward)
     for unit in model.sharding_units():
         if config.compile:
-            # The bound method and not the module, so that FSDP2's hooks stay outside and parameter names stay clean.
-            unit.forward = torch.compile(unit.forward, fullgraph=True, dynamic=False)
+            # The method and not the module, so that FSDP2's hooks stay outside and parameter names stay clean.
+            unit.forward = types.MethodType(block_forward, unit)
         fully_shard(unit, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     for module in model.modules():

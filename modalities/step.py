@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 
+from modalities.compiling import compiled
 from modalities.dist import World, sum_over_ranks
 from modalities.loss import (
     NLL,
@@ -125,8 +126,11 @@ def grad_and_value(loss_fn: LossFn, sharded: bool, compile: bool) -> GradFn:
     """`(params, batch) -> (grads, (loss, aux))`, fp32 gradients with the names and the sharding of `params`."""
     if sharded:
         return grad_by_backward(loss_fn)
-    grad_fn = torch.func.grad_and_value(loss_fn, has_aux=True)
-    return torch.compile(grad_fn, fullgraph=True, dynamic=False) if compile else grad_fn
+
+    def grad_fn(params: Params, batch: Batch) -> tuple[Params, tuple[Tensor, Aux]]:
+        return torch.func.grad_and_value(loss_fn, has_aux=True)(params, batch)
+
+    return compiled(grad_fn) if compile else grad_fn
 
 
 def grad_by_backward(loss_fn: LossFn) -> GradFn:
@@ -207,7 +211,7 @@ def make_train_step(
 def make_eval_step(loss_fn: LossFn, sharded: bool, compile: bool) -> EvalStep:
     """`evaluate(params, batches) -> mean loss over all valid targets of all ranks [nats]`, fp32 [] on the device."""
     if compile and not sharded:
-        loss_fn = torch.compile(loss_fn, fullgraph=True, dynamic=False)
+        loss_fn = compiled(loss_fn)
 
     @torch.no_grad()
     def evaluate(params: Params, batches: Iterable[Batch]) -> Tensor:

@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "modalities"
 FLOORS = {
     0: {
-        "attention", "cli", "config", "fields", "histogram", "log", "loss", "optim", "packing", "pairs", "ranks", "rng",
-        "sources",
+        "attention", "cli", "compiling", "config", "fields", "histogram", "log", "loss", "optim", "packing", "pairs",
+        "ranks", "rng", "sources",
     },
     1: {"dist", "mixture", "model", "pbin"},
     2: {
