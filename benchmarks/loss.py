@@ -1,6 +1,6 @@
 """Time and memory of the head's loss with its gradients: all logits at once, or in chunks; compiled, or eager.
 
-    python benchmarks/loss.py [--tokens 4096 --width 512 --vocab 50304 --chunk-tokens 1024 --repeats 7]
+    python benchmarks/loss.py [--tokens 4096 --width 512 --vocab 50304 --chunk-tokens 512 --repeats 7]
 
 Hidden states and the head's weight in bf16, on a GPU if there is one. Every figure is of a process of its own, after a
 first call that compiles; the contestants take turns. Memory is the peak of a call beyond what the process had before it
@@ -89,7 +89,7 @@ def main(
     tokens: int = 4096,
     width: int = 512,
     vocab: int = 50_304,
-    chunk_tokens: int = 1024,
+    chunk_tokens: int = 512,
     repeats: int = 5,
     calls: int = 3,
     contestants: tuple[str, ...] = CONTESTANTS,

@@ -25,7 +25,7 @@ Implementation = Literal["plain", "chunked"]
 
 IGNORED = -100  # the target of a position that does not count; PyTorch's convention
 EAGER_BLOCK = 2**18  # logits
-PLAIN_BYTES = 2**27  # logits that are smaller than this are materialised
+PLAIN_BYTES = 2**26  # smaller logits are materialised: benchmarks/RESULTS.md has where the two take equal time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class LossConfig:
     """Share of the target distribution that is spread evenly over the vocabulary."""
     implementation: Literal["auto", "plain", "chunked"] = "auto"
     """plain: all logits at once; chunked: never more than `chunk_tokens` tokens' logits; auto: by the logits' size."""
-    chunk_tokens: int = 1024
+    chunk_tokens: int = 512
     """Tokens whose logits exist at a time, where chunked; more is faster up to a point."""
 
     def __post_init__(self) -> None:
@@ -140,34 +140,42 @@ def _token_chunk_(
     if z:
         loss_N = loss_N + torch.where(is_valid_N, z * (max_N + log_sum_N).square(), 0)
     if with_grads:
-        _logits_to_grads_(logits_NV, targets_N, max_N, sum_N, scale_N, logits.shape[1], softcap, smoothing, z)
+        words_V = torch.arange(logits.shape[1], device=logits.device, dtype=torch.int32)
+        # In int32, of which a vector register holds as many as of fp32.
+        targets_N1, max_N1, sum_N1, scale_N1 = (x[:, None] for x in (targets_N.to(torch.int32), max_N, sum_N, scale_N))
+        _logits_to_grads_(
+            logits_NV, words_V, targets_N1, max_N1, sum_N1, scale_N1, logits.shape[1], softcap, smoothing, z
+        )
     return loss_N, nll_N, max_N, sum_N
 
 
 def _logits_to_grads_(
-    logits_NV: Tensor,
-    targets_N: Tensor,
-    max_N: Tensor,
-    sum_N: Tensor,
-    scale_N: Tensor,
+    logits: Tensor,
+    words: Tensor,
+    targets: Tensor,
+    max_: Tensor,
+    sum_: Tensor,
+    scale: Tensor,
     vocab_size: int,
     softcap: float,
     smoothing: float,
     z: float,
 ) -> None:
-    """Put the loss's gradient in place of the logits of some tokens and columns; `targets` count from the first one."""
-    logits = _capped(logits_NV, softcap)
-    share_N = 1 / sum_N
+    """Put the loss's gradient in place of the logits of some words and tokens.
+
+    `words` are the words, and the rest is of the tokens, both in a shape that broadcasts with the logits.
+    """
+    capped, share = _capped(logits, softcap), 1 / sum_
     if z:
-        share_N = share_N * (1 + 2 * z * (max_N + sum_N.log()))
-    grad = torch.exp(logits - max_N[:, None]) * share_N[:, None]
-    grad = torch.where(_is_target(logits, targets_N), grad - (1 - smoothing), grad)
+        share = share * (1 + 2 * z * (max_ + sum_.log()))
+    grads = torch.exp(capped - max_) * share
+    grads = torch.where(words == targets, grads - (1 - smoothing), grads)
     if smoothing:
-        grad = grad - smoothing / vocab_size
+        grads = grads - smoothing / vocab_size
     if softcap:
-        grad = grad * (1 - (logits / softcap).square())
+        grads = grads * (1 - (capped / softcap).square())
     # Chosen and not multiplied by 0, so that nothing of an ignored position gets through, be it infinite.
-    logits_NV.copy_(torch.where(scale_N[:, None] != 0, grad * scale_N[:, None], 0))
+    logits.copy_(torch.where(scale != 0, grads * scale, 0))
 
 
 def _capped(logits_NV: Tensor, softcap: float) -> Tensor:
@@ -175,22 +183,16 @@ def _capped(logits_NV: Tensor, softcap: float) -> Tensor:
     return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
-def _is_target(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
-    # In int32, of which a vector register holds as many as of fp32.
-    columns_V = torch.arange(logits_NV.shape[1], device=logits_NV.device, dtype=torch.int32)
-    return columns_V == targets_N.to(torch.int32)[:, None]
-
-
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, fullgraph=True)
 
 
-def _blocks(logits_NV: Tensor, compile: bool) -> list[slice]:
+def _blocks(logits: Tensor, compile: bool) -> list[slice]:
     """Rows to be worked on at a time. Uncompiled code has intermediate results, which shall stay in the cache."""
-    num_tokens, vocab_size = logits_NV.shape
-    rows = max(1, EAGER_BLOCK // vocab_size) if logits_NV.device.type == "cpu" and not compile else num_tokens
-    return [slice(i, i + rows) for i in range(0, num_tokens, rows)]
+    num_rows, num_columns = logits.shape
+    rows = max(1, EAGER_BLOCK // num_columns) if logits.device.type == "cpu" and not compile else num_rows
+    return [slice(i, i + rows) for i in range(0, num_rows, rows)]
 
 
 # An operator of its own, for compiling would unroll the loops, and fuse chunks until all logits exist at once.
@@ -238,26 +240,20 @@ def _in_chunks(
                 logits_NV[rows], targets[rows], scales[rows], softcap, smoothing, z, with_grads
             )
         if with_grads:
-            torch.mm(logits_NV, weight_VD, out=hidden_grad_ND[chunk])
+            # Transposed, which oneDNN has ready in two thirds of the time.
+            hidden_grad_ND[chunk] = torch.mm(weight_VD.T, logits_NV.T).T
     chunk_vocab = max(1, len(logits) // max(num_tokens, 1))
+    of_tokens = (targets_N.to(torch.int32), max_N, sum_N, scale_N)
     for first in range(0, vocab_size if with_grads else 0, chunk_vocab):
         chunk = slice(first, min(first + chunk_vocab, vocab_size))
-        weight, targets = weight_VD[chunk], targets_N - first
-        logits_NV = logits[: num_tokens * len(weight)].view(num_tokens, len(weight))
-        torch.mm(hidden_ND, weight.T, out=logits_NV)
-        for rows in _blocks(logits_NV, compile):
-            logits_to_grads_(
-                logits_NV[rows],
-                targets[rows],
-                max_N[rows],
-                sum_N[rows],
-                scale_N[rows],
-                vocab_size,
-                softcap,
-                smoothing,
-                z,
-            )
-        torch.mm(logits_NV.T, hidden_ND, out=weight_grad_VD[chunk])
+        weight = weight_VD[chunk]
+        # A row for each word, again for the products: this one takes half the time of one from a row for each token.
+        logits_VN = logits[: num_tokens * len(weight)].view(len(weight), num_tokens)
+        torch.mm(weight, hidden_ND.T, out=logits_VN)
+        words_V1 = torch.arange(chunk.start, chunk.stop, device=logits.device, dtype=torch.int32)[:, None]
+        for rows in _blocks(logits_VN, compile):
+            logits_to_grads_(logits_VN[rows], words_V1[rows], *of_tokens, vocab_size, softcap, smoothing, z)
+        torch.mm(logits_VN, hidden_ND, out=weight_grad_VD[chunk])
     return loss_N.sum() * scale, nll_N, hidden_grad_ND, weight_grad_VD
 
 
