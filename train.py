@@ -11,6 +11,7 @@ def main(argv: list[str]) -> None:
     launcher.add_argument("--recipe")
     launcher.add_argument("--model-from", type=Path)
     launcher.add_argument("--dry-run", action="store_true")
+    launcher.add_argument("--profile", nargs="?", const="10-12")
     try:
         chosen, overrides = launcher.parse_known_args(argv)
     except argparse.ArgumentError as error:
@@ -18,7 +19,7 @@ def main(argv: list[str]) -> None:
     if chosen.recipe is None:
         if argv and argv[0] not in ("-h", "--help"):
             raise ValueError(f"train.py needs --recipe NAME; there are {', '.join(cli.recipe_files())}")
-        flags = "[--dry-run] [--name RUN] [--steps N] [--model-from DIR] [--model.… …]"
+        flags = "[--dry-run] [--profile 10-12] [--name RUN] [--steps N] [--model-from DIR] [--model.… …]"
         print(f"usage: [torchrun …] train.py --recipe NAME {flags}\n")
         print(f"recipes:\n{cli.describe_recipes()}\n\ntrain.py --recipe NAME --help lists every field with its value.")
         return
@@ -37,9 +38,12 @@ def main(argv: list[str]) -> None:
         recipes.dry_run(recipe)
         return
 
+    from modalities import profiling
     from modalities.loop import train
 
-    train(recipe, source)
+    steps = profiling.parse_steps(chosen.profile) if chosen.profile else None
+    profiling.check_steps(steps, 0, recipe.steps)
+    train(recipe, source, steps)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 import time
+import types
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
+import torch.distributed
 
 from modalities.dist import barrier, broadcast_from_main
 from modalities.optim import Params
@@ -51,7 +51,7 @@ def save(run: Path, state: TrainState, recipe: dict[str, Any], is_main: bool) ->
         shutil.rmtree(part, ignore_errors=True)  # what a killed run left half-written
         part.mkdir(parents=True)
     barrier()
-    with one_line(f"{path} cannot be written ({{why}}); is the disk full?"):
+    with one_line(f"{path} cannot be written ({{why}}); is the disk full?") as dcp:
         dcp.save({"params": state.params, "opt_state": state.opt_state}, checkpoint_id=part, no_dist=not distributed())
     barrier()
     if is_main:
@@ -123,7 +123,7 @@ def restore(path: Path, state: TrainState) -> TrainState:
     """
     manifest = json.loads((path / MANIFEST).read_text())
     problem = f"{path} is no checkpoint of this run ({{why}}); to start another run from its weights give --model-from"
-    with one_line(problem):
+    with one_line(problem) as dcp:
         whole = {"params": state.params, "opt_state": state.opt_state}
         dcp.load(whole, checkpoint_id=path, no_dist=not distributed())
     return TrainState(state.params, state.opt_state, manifest["step"], manifest["samples"])
@@ -131,7 +131,7 @@ def restore(path: Path, state: TrainState) -> TrainState:
 
 def load_params(path: Path, params: Params) -> Params:
     """Load the weights alone of a verified checkpoint into `params`; `ValueError` where it is of another model."""
-    with one_line(f"the weights of {path} cannot be read ({{why}})"):
+    with one_line(f"the weights of {path} cannot be read ({{why}})") as dcp:
         dcp.load({"params": params}, checkpoint_id=path, no_dist=not distributed())
     return params
 
@@ -141,14 +141,18 @@ def distributed() -> bool:
 
 
 @contextmanager
-def one_line(problem: str) -> Iterator[None]:
-    """A call of torch.distributed.checkpoint, without its remarks about a single process, which is meant.
+def one_line(problem: str) -> Iterator[types.ModuleType]:
+    """torch.distributed.checkpoint for a call of it, without its remarks about a single process, which is meant.
 
     What fails in it on any rank is a ValueError on all: `problem`, in which {why} is the first cause.
     """
+    # Here and not above, for it takes long to load, and a run would rather take its first step.
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.api import CheckpointException
+
     try:
         with warnings.catch_warnings(action="ignore", category=UserWarning):
-            yield
+            yield dcp
     except CheckpointException as error:  # no Exception, so nobody else would catch it
         why = next(iter(error.failures.values()))[0]
         if isinstance(why, KeyboardInterrupt):

@@ -1,16 +1,28 @@
 """`torch.compile` as all of the package uses it; it knows functions, and nothing of what they compute."""
 
+import contextlib
 import os
 import shutil
+import sys
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, compiled as a whole for the shapes that it is called with."""
+# The compiler's own limits to what it computes anew in a backward pass, although it could; in all it spares products,
+# attention and reductions.
+LIMITS = {"ban_recompute_used_far_apart", "ban_recompute_long_fusible_chains", "ban_recompute_materialized_backward"}
+
+
+def compiled(function: Callable[..., Any], mode: str = "default", recompute: bool = False) -> Callable[..., Any]:
+    """`function`, compiled as a whole for the shapes that it is called with; `mode` as torch.compile has it.
+
+    `recompute`: its backward pass computes anew whatever can be fused into what needs it, and only the rest is kept.
+    """
+    use_cache()
     # A copy of its code, for PyTorch keeps eight programs for a piece of *code*, which all closures of one line share:
     # the ninth model of a process would fail.
     own = types.FunctionType(
@@ -18,9 +30,42 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         function.__closure__,
     )  # fmt: skip
     own.__kwdefaults__ = function.__kwdefaults__
-    return torch.compile(own, fullgraph=True, dynamic=False)
+    program = torch.compile(own, fullgraph=True, dynamic=False, mode=mode)
+    if not recompute:
+        return program
+
+    def call(*args: Any) -> Any:
+        with torch._functorch.config.patch({limit: False for limit in LIMITS}):
+            return program(*args)
+
+    return call
 
 
 def can_compile(device: torch.device) -> bool:
     """Whether there is a compiler for `device`: on a CPU it needs one of C++, which a bare machine lacks."""
     return device.type != "cpu" or shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
+def use_cache() -> None:
+    """Keep compiled programs from run to run in the user's cache, unless TORCHINDUCTOR_CACHE_DIR names a place."""
+    # PyTorch's own place is in /tmp, which the nodes of a cluster clear between jobs.
+    folder = user_cache() / "inductor"
+    with contextlib.suppress(OSError):  # where the home cannot be written, PyTorch's own place must do
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+
+
+def user_cache() -> Path:
+    """The package's folder in the user's cache, for what can be found anew at any time."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "modalities"
+
+
+def compile_seconds() -> float:
+    """Seconds that this process has spent in torch.compile so far, by PyTorch's own account."""
+    if "torch._dynamo.utils" not in sys.modules:  # then nothing was compiled, and importing it takes a second
+        return 0.0
+    from torch._dynamo.utils import compilation_time_metrics
+
+    # Backward passes are compiled apart, when they are first needed; all else happens within a frame's compilation.
+    parts = ("_compile.compile_inner", "backward._backward_impl")
+    return sum(sum(compilation_time_metrics.get(part, ())) for part in parts)

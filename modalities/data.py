@@ -17,6 +17,7 @@ import torch
 from modalities.dist import World
 from modalities.loss import IGNORED, Batch
 from modalities.mixture import BLOCK, Mixture, Stage, check_weights
+from modalities.profiling import span
 from modalities.sequences import Sampling, Sequences
 
 ORDER_AT_ONCE = 4096  # positions of the order that are computed together: alone, each takes a hundred times as long
@@ -59,6 +60,8 @@ class DataConfig:
     """Length of a training sequence [tokens]."""
     global_batch: int = 32
     """Sequences of one optimizer step, over all ranks and micro-batches."""
+    ramp: tuple[tuple[int, int], ...] = ()
+    """(tokens, sequences of one step): sizes that the global batch has from a number of training tokens on."""
 
     def __post_init__(self) -> None:
         for name in ("seq_len", "global_batch"):
@@ -79,6 +82,15 @@ class DataConfig:
         for one, after in itertools.pairwise(stage.tokens for stage in self.stages):
             if after <= one:
                 raise ValueError(f"data.stages: tokens {after} come after {one}, but must ascend")
+        self._check_ramp()
+
+    def _check_ramp(self) -> None:
+        for tokens, size in self.ramp:
+            if tokens < 1 or size < 1:
+                raise ValueError(f"data.ramp has ({tokens}, {size}), but tokens and sequences must be at least 1")
+        for (one, _), (after, _) in itertools.pairwise(self.ramp):
+            if after <= one:
+                raise ValueError(f"data.ramp: tokens {after} come after {one}, but must ascend")
 
     def _check_lengths(self) -> None:
         for name, entries, of in (
@@ -105,6 +117,25 @@ class DataConfig:
     @property
     def source_names(self) -> tuple[str, ...]:
         return self.names or tuple(Path(path).stem for path in self.train)
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """All sizes that the global batch has in a run, in their order."""
+        return self.global_batch, *(size for _, size in self.ramp)
+
+    def batch_at(self, samples: int) -> int:
+        """Sequences of the step that begins after `samples` sequences."""
+        begun = sum(tokens <= samples * self.seq_len for tokens, _ in self.ramp)
+        return self.batch_sizes[begun]
+
+    def samples_after(self, steps: int) -> int:
+        """Sequences that the first `steps` steps consume."""
+        samples = 0
+        for (tokens, _), size in zip(self.ramp, self.batch_sizes, strict=False):
+            # The steps that begin before the size changes, all of them of this size.
+            until = min(steps, max(0, -(-(-(-tokens // self.seq_len) - samples) // size)))
+            samples, steps = samples + until * size, steps - until
+        return samples + steps * self.batch_sizes[-1]
 
     @property
     def val_names(self) -> tuple[str, ...]:
@@ -149,17 +180,17 @@ class TrainData:
 
     def order(self, samples: int) -> tuple[np.ndarray, np.ndarray]:
         """(source, number of the sequence in it) of each sequence of that batch, both int64 [A·B]."""
-        step, offset = divmod(samples, self.config.global_batch)
+        batch = self.config.batch_at(samples)
+        step, offset = divmod(samples, batch)
         # Not more than a block of the mixture or an epoch, so that no batch waits for many of them.
-        positions = min(ORDER_AT_ONCE * self.world.size, BLOCK, sum(self.mixture.counts))
-        steps = max(1, positions // self.config.global_batch)
-        sources, numbers = self.orders(step // steps, steps, offset)
+        positions = min(ORDER_AT_ONCE * self.world.data_size, BLOCK, sum(self.mixture.counts))
+        steps = max(1, positions // batch)
+        sources, numbers = self.orders(step // steps, steps, offset, batch)
         return sources[step % steps], numbers[step % steps]
 
-    def _orders(self, chunk: int, steps: int, offset: int) -> tuple[np.ndarray, np.ndarray]:
-        """The orders of `steps` batches, both int64 [steps, A·B]: those of this rank alone."""
-        batch = self.config.global_batch
-        first, count = rank_positions(offset + chunk * steps * batch, batch, self.world.rank, self.world.size)
+    def _orders(self, chunk: int, steps: int, offset: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The orders of `steps` batches of `batch` sequences, both int64 [steps, A·B]: those of this rank alone."""
+        first, count = rank_positions(offset + chunk * steps * batch, batch, self.world.data_rank, self.world.data_size)
         return self.mixture.at(first + np.arange(steps)[:, None] * batch + np.arange(count))
 
     def read(self, samples: int) -> Batch:
@@ -195,8 +226,9 @@ class TrainData:
         """`read(samples)` on the device, while a thread already reads the batch after it."""
         if self.next is None or self.next[0] != samples:
             self.next = samples, self.thread.submit(self.read, samples)
-        batch = self.next[1].result()
-        after = samples + self.config.global_batch
+        with span("batch"):
+            batch = self.next[1].result()
+        after = samples + self.config.batch_at(samples)
         self.next = after, self.thread.submit(self.read, after)
         return {key: value.to(self.world.device, non_blocking=True) for key, value in batch.items()}
 
@@ -210,8 +242,8 @@ class ValData:
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches [B, T] of one shape, as many on every rank (FSDP2 needs that): ignored rows fill up the last."""
-        for first in range(0, self.count, self.batch * self.world.size):
-            numbers = first + self.world.rank * self.batch + np.arange(self.batch)
+        for first in range(0, self.count, self.batch * self.world.data_size):
+            numbers = first + self.world.data_rank * self.batch + np.arange(self.batch)
             batch = self.sequences.read(np.minimum(numbers, self.count - 1))
             batch["targets"][torch.from_numpy(numbers >= self.count)] = IGNORED
             yield {key: value.to(self.world.device) for key, value in batch.items()}

@@ -9,9 +9,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from modalities import ranks
+from modalities.compiling import use_cache
 
 T = TypeVar("T")
 
@@ -24,16 +26,48 @@ class World:
     size: int
     device: torch.device
     mesh: DeviceMesh | None
+    """Dimensions "replicate" and "tensor" where there are such, and "shard" always; the last is contiguous in ranks."""
+    tensor: int = 1
+    """Ranks that share each tensor, and therefore read the same part of a batch."""
+    data_group: ProcessGroup | None = None
+    """The ranks that read each part of a batch once, this one among them; None: all."""
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def data_rank(self) -> int:
+        """Which part of a batch is this rank's."""
+        return self.rank // self.tensor
+
+    @property
+    def data_size(self) -> int:
+        """Parts of a batch."""
+        return self.size // self.tensor
+
+
+def degrees(size: int, replicate: int, shard: int, tensor: int) -> tuple[int, int, int]:
+    """The three degrees of `parallel`, the shard's -1 resolved; a ValueError if they do not make up `size` ranks."""
+    if shard == -1:
+        shard = max(1, size // (replicate * tensor))
+    if replicate * shard * tensor != size:
+        raise ValueError(
+            f"parallel.replicate {replicate} × parallel.shard {shard} × parallel.tensor {tensor} = "
+            f"{replicate * shard * tensor}, but the number of ranks is {size}; change one of them"
+        )
+    return replicate, shard, tensor
+
 
 @contextlib.contextmanager
-def setup() -> Iterator[World]:
-    """The world for as long as the context lasts: NCCL where there are GPUs, gloo on CPUs, nothing for one process."""
+def setup(replicate: int = 1, shard: int = -1, tensor: int = 1) -> Iterator[World]:
+    """The world for as long as the context lasts: NCCL where there are GPUs, gloo on CPUs, nothing for one process.
+
+    `ValueError` if the degrees do not make up the number of ranks.
+    """
+    use_cache()  # before anything loads the compiler, which settles the place of its programs as it is loaded
     rank, local_rank, size = ranks.rank(), ranks.local_rank(), ranks.world_size()
+    sizes = dict(zip(("replicate", "shard", "tensor"), degrees(size, replicate, shard, tensor), strict=True))
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
@@ -54,7 +88,13 @@ def setup() -> Iterator[World]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     torch.distributed.init_process_group(backend)
     try:
-        yield World(rank, size, device, init_device_mesh(device.type, (size,), mesh_dim_names=("shard",)))
+        sizes = {name: n for name, n in sizes.items() if n > 1 or name == "shard"}
+        mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+        data_group = None
+        if tensor > 1:
+            members = [list(range(first, size, tensor)) for first in range(tensor)]
+            data_group, _ = torch.distributed.new_subgroups_by_enumeration(members)
+        yield World(rank, size, device, mesh, tensor, data_group)
         barrier()
     finally:
         # A thread of gloo's that still holds the last collective's tensor when Python ends would abort the process.
@@ -62,21 +102,10 @@ def setup() -> Iterator[World]:
         torch.distributed.destroy_process_group()
 
 
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "MI300X": 1307e12}
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 FLOP/s of one device after its maker's data sheet; None for one that is not in the table."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for model, flops in PEAK_FLOPS.items() if model in name), None)
-
-
-def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """The sum of `tensor` over all ranks, in place; `tensor` itself in one process."""
+def sum_over_ranks(tensor: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """The sum of `tensor` over the ranks of `group` (None: all), in place; `tensor` itself in one process."""
     if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(tensor)
+        torch.distributed.all_reduce(tensor, group=group)
     return tensor
 
 

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from modalities import cli
 from modalities.dist import broadcast_from_main
+from modalities.fsdp import is_split, whole
 from modalities.model import Cache, ModelConfig, Transformer, build_skeleton
 from modalities.optim import Params
 from modalities.rng import fold
@@ -106,7 +107,9 @@ def make_decoder(model: Transformer, params: Params, dtype: torch.dtype, device:
     def last(hidden_BTD: Tensor, weight_VD: Tensor) -> Tensor:
         return model.logits(hidden_BTD[:, -1], weight_VD).float()
 
-    if isinstance(model, FSDPModule):
+    if is_split(model):  # its ranks would have to divide the length of every text
+        weights = {name: whole(p.detach().to(dtype)) for name, p in params.items()}
+    elif isinstance(model, FSDPModule):
         forward = torch.no_grad()(partial(apply, model, weights, train=False, head=last))
         # Every length is a shape of its own, so compiled code would be compiled again and again.
         return Decoder(model.config, torch.compiler.set_stance("force_eager")(forward), dtype, device)

@@ -14,7 +14,7 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -52,17 +52,28 @@ class Progress:
     seq_len: int
     flops_per_token: int
     peak_flops: float | None
-    """Of all devices together; None where it is not known."""
+    """Of all devices together; None where it is not asked for."""
     asynchronous: bool
     """Whether the device computes while the host goes on: then metrics are read one step late."""
+    gauges: Callable[[], dict[str, float]] = dict
+    """Read for each line: `peak_memory` of this rank [bytes], `compile_s` spent in torch.compile so far [s]."""
 
-    @property
-    def tokens_per_step(self) -> int:
-        return self.global_batch * self.seq_len
+    samples_after: Callable[[int], int] | None = None
+    """Sequences that so many steps consume, where the global batch changes in a run."""
 
-    def rates(self, steps: int, seconds: float) -> dict[str, float]:
-        """Tokens per second and, where the peak is known, the share of it that the model's own FLOPs make (MFU)."""
-        tokens_per_s = steps * self.tokens_per_step / seconds
+    def tokens_between(self, first: int, last: int) -> int:
+        """Tokens of the steps after step `first` up to `last`."""
+        if self.samples_after is None:
+            return (last - first) * self.global_batch * self.seq_len
+        return (self.samples_after(last) - self.samples_after(first)) * self.seq_len
+
+    def rates(self, tokens: int, seconds: float) -> dict[str, float]:
+        """Tokens per second and, where the peak is known, the share of it that the model's own FLOPs make.
+
+        That is model FLOPs utilisation (MFU) after Chowdhery et al., PaLM, arXiv 2204.02311, appendix B: the tokens per
+        second over those that the peak would do at `flops_per_token`, with nothing counted that is computed twice.
+        """
+        tokens_per_s = tokens / seconds
         rates = {"tokens_per_s": tokens_per_s}
         if self.peak_flops:
             rates["mfu"] = tokens_per_s * self.flops_per_token / self.peak_flops
@@ -75,6 +86,8 @@ TAGS = {
     "grad_norm": "train/grad_norm",
     "tokens_per_s": "perf/tokens_per_s",
     "mfu": "perf/mfu",
+    "peak_memory": "perf/peak_memory",
+    "compile_s": "perf/compile_s",
 }
 
 
@@ -133,19 +146,25 @@ class Log:
         values = {key: float(value) for key, value in metrics.items()}  # waits for that step on the device
         # A source that had no target in this step has no loss.
         values = {key: value for key, value in values.items() if not (key.startswith("loss/") and math.isnan(value))}
+        gauges = self.progress.gauges()
         total = self.progress.total_steps
         if self.timed_from is None:  # the first step compiles and warms up; its rate would mislead
+            compiling = gauges.get("compile_s")
             pace = f"  after {time.perf_counter() - self.opened:.1f} s"
+            pace += f", {compiling:.1f} s of it compiling" if compiling else ""
         else:
-            values |= self.progress.rates(step - self.timed_from[0], time.perf_counter() - self.timed_from[1])
-            eta = (total - step) * self.progress.tokens_per_step / values["tokens_per_s"]
+            values |= self.progress.rates(
+                self.progress.tokens_between(self.timed_from[0], step), time.perf_counter() - self.timed_from[1]
+            )
+            eta = self.progress.tokens_between(step, total) / values["tokens_per_s"]
             mfu = f"  mfu {values['mfu']:.1%}" if "mfu" in values else ""
             pace = f"  {values['tokens_per_s']:>9,.0f} tokens/s{mfu}  eta {datetime.timedelta(seconds=round(eta))}"
         self.start_clock(step)
-        self.write(step, samples, values)
+        self.write(step, samples, values | gauges)
+        memory = f"  {gauges['peak_memory'] / 2**30:.2f} GiB" if "peak_memory" in gauges else ""
         self.say(
             f"step {step:>{len(str(total))}}/{total}  loss {values['loss']:.4f}  lr {values['lr']:.2e}"
-            f"  |grad| {values['grad_norm']:.3f}{pace}"
+            f"  |grad| {values['grad_norm']:.3f}{memory}{pace}"
         )
 
     def val(self, step: int, samples: int, losses: Mapping[str, Tensor | float]) -> None:

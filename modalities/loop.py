@@ -1,16 +1,34 @@
 """The one training loop. `train(recipe)` reads like the picture in the README; what it calls is set up above it."""
 
 import contextlib
+import functools
+import gc
 import json
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from modalities import attention, checkpoint, dist, fsdp, generate, log, optim, step, trained
+from modalities import (
+    attention,
+    checkpoint,
+    devices,
+    dist,
+    fsdp,
+    generate,
+    log,
+    memory,
+    optim,
+    profiling,
+    search,
+    step,
+    trained,
+)
+from modalities.compiling import compile_seconds
 from modalities.config import differences, to_dict
 from modalities.data import TrainData, open_val
 from modalities.loss import Batch, choose
@@ -24,7 +42,10 @@ from modalities.step import TrainState
 # computed but the order of roundings, and the random numbers of dropout.
 HARMLESS = (
     "name", "log.", "checkpoint.", "eval.", "sample.", "data.names", "data.val", "data.tokenizer", "data.eod",
-    "model.attention", "parallel.micro_batch", "parallel.compile", "loss.implementation", "loss.chunk_tokens",
+    "model.attention", "loss.implementation", "loss.chunk_tokens", "parallel.micro_batch", "parallel.shard",
+    "parallel.replicate", "parallel.tensor", "parallel.reshard_after_forward", "parallel.blocks_per_unit",
+    "parallel.prefetch", "parallel.cpu_offload", "parallel.activation_checkpointing", "parallel.checkpoint_every",
+    "parallel.sync_gradients", "parallel.compile",
 )  # fmt: skip
 
 
@@ -47,20 +68,31 @@ class Run:
             next(iter(batches))
 
 
-def train(recipe: Recipe, source: Path | None = None) -> Path:
+def train(recipe: Recipe, source: Path | None = None, profile: range | None = None) -> Path:
     """Train `recipe` to its end, from the newest checkpoint of its run if there is one; returns the run's folder.
 
-    `source`: the file that the recipe came from, kept beside it.
+    `source`: the file that the recipe came from, kept beside it. `profile`: the steps to profile.
     """
-    with dist.setup() as world:
+    parallel = recipe.parallel
+    with (
+        dist.setup(parallel.replicate, parallel.shard, parallel.tensor) as world,
+        memory.running_out_is_explained(parallel.micro_batch),
+    ):
         run, state, saved = start(recipe, source, world)
-        with contextlib.closing(open_log(recipe, world, run, state)) as out:
+        profiling.check_steps(profile, state.step, recipe.steps)
+        with (
+            contextlib.closing(open_log(recipe, world, run, state)) as out,
+            profiling.watching(profile, recipe.folder / "profile", world.rank, world.device, out.say) as watch,
+            garbage_collected_together() as collect,
+        ):
             if state.step == 0 and recipe.eval.every:
                 out.val(state.step, state.samples, run.evaluate(state.params))
             while state.step < recipe.steps:
-                batch = run.data.batch(state.samples)
-                state, metrics = run.train_step(state, batch)
-                out.train(state.step, state.samples, metrics)
+                with watch(state.step + 1):
+                    batch = run.data.batch(state.samples)
+                    state, metrics = run.train_step(state, batch)
+                    out.train(state.step, state.samples, metrics)
+                collect(state.step)
 
                 if due(recipe.eval.every, state.step, recipe.steps):
                     with out.aside(state.step):
@@ -82,6 +114,31 @@ def due(every: int, now: int, last: int) -> bool:
     return now == last or (every > 0 and now % every == 0)
 
 
+@contextlib.contextmanager
+def garbage_collected_together(every: int = 50) -> Iterator[Callable[[int], None]]:
+    """`collect(step)` is called after each step: Python's garbage is collected at the same steps on all ranks.
+
+    At a time of its own choosing each rank would in turn keep the others waiting. What lives after the first step
+    lives on, and is not gone through again.
+    """
+    ours = gc.isenabled()
+
+    def collect(step: int) -> None:
+        if gc.isenabled():
+            gc.disable()
+            gc.collect()
+            gc.freeze()
+        elif step % every == 0:
+            gc.collect()
+
+    try:
+        yield collect
+    finally:
+        gc.unfreeze()
+        if ours:
+            gc.enable()
+
+
 def start(recipe: Recipe, source: Path | None, world: dist.World) -> tuple[Run, TrainState, Path | None]:
     """The run's functions, its state from the newest checkpoint or anew, and that checkpoint; its folder described.
 
@@ -90,7 +147,9 @@ def start(recipe: Recipe, source: Path | None, world: dist.World) -> tuple[Run, 
     with dist.all_or_none():
         check_ranks(recipe, world.size)
         check_folder(recipe)
-        run, state = build(recipe, world)
+    chosen = search.resolve(recipe, world, build)
+    with dist.all_or_none():
+        run, state = build(chosen, world)
         newest = checkpoint.newest(recipe.folder) if world.is_main else None
     newest = dist.broadcast_from_main(newest)
     if newest:
@@ -117,24 +176,30 @@ def build(recipe: Recipe, world: dist.World) -> tuple[Run, TrainState]:
     sharded = world.mesh is not None
     attention.choose(recipe.model.attention, world.device)
     parallel, model = fsdp.without_missing_compiler(recipe.parallel, world.device), build_skeleton(recipe.model)
+    assert parallel.micro_batch != "auto"
     data = TrainData(recipe.data, recipe.model.vocab_size, recipe.seed, parallel.micro_batch, world)
     optimizer = optim.adamw(recipe.optim, [name for name, _ in model.named_parameters()])
     fsdp.parallelize(model, world.mesh, parallel)
-    params = fsdp.init_params(model, recipe.seed, world.device)
+    params = fsdp.init_params(model, recipe.seed, world.device, parallel.cpu_offload)
 
     sources = recipe.data.source_names
-    dtype, compile_head = parallel.compute_dtype, sharded and parallel.compile
+    dtype, mode, by_block = parallel.compute_dtype, parallel.compile_mode, parallel.compiles_blocks(sharded)
+    whole, recompute = parallel.compiles_whole(sharded), parallel.activation_checkpointing == "selective"
     loss_fn = step.make_loss_fn(
-        model, dtype, train=True, num_sources=len(sources), loss=recipe.loss, compile_head=compile_head
+        model, dtype, train=True, num_sources=len(sources), loss=recipe.loss, compile_head=by_block
     )
-    grad_fn = step.grad_and_value(loss_fn, sharded, parallel.compile)
+    by_autograd = parallel.differentiates_by_autograd(sharded)
+    grad_fn = step.grad_and_value(loss_fn, sharded, whole, mode, by_autograd, recompute)
+    sync = functools.partial(fsdp.sync_gradients, model) if parallel.sync_gradients == "last" else None
 
     def lr_at(i: int) -> float:
-        return optim.learning_rate(recipe.optim, i, recipe.steps, recipe.tokens_per_step)
+        return optim.learning_rate(recipe.optim, i, recipe.steps, recipe.tokens_after)
 
-    train_step = step.make_train_step(grad_fn, optimizer, recipe.optim.grad_clip, lr_at, recipe.seed, world, sources)
-    eval_loss_fn = step.make_loss_fn(model, dtype, train=False, loss=recipe.loss, compile_head=compile_head)
-    eval_step = step.make_eval_step(eval_loss_fn, sharded, parallel.compile)
+    train_step = step.make_train_step(
+        grad_fn, optimizer, recipe.optim.grad_clip, lr_at, recipe.seed, world, sources, sync
+    )
+    eval_loss_fn = step.make_loss_fn(model, dtype, train=False, loss=recipe.loss, compile_head=by_block)
+    eval_step = step.make_eval_step(eval_loss_fn, sharded, whole, mode, world.data_group)
     val = open_val(recipe.data, recipe.model.vocab_size, recipe.eval.samples, parallel.micro_batch, world)
     tokenizer = None
     if recipe.sample.every and recipe.data.tokenizer:
@@ -191,30 +256,37 @@ def as_json(value: dict[str, Any]) -> bytes:
 def open_log(recipe: Recipe, world: dist.World, run: Run, state: TrainState) -> log.Log:
     """The run's log on the main rank, with a first word about the run; a silent one on the others."""
     flops = flops_per_token(recipe.model, recipe.data.seq_len)
-    peak = dist.peak_flops(world.device)
+    dtype = recipe.parallel.compute_dtype
     progress = log.Progress(
         total_steps=recipe.steps,
         global_batch=recipe.data.global_batch,
         seq_len=recipe.data.seq_len,
         flops_per_token=flops,
-        peak_flops=peak and peak * world.size,
+        peak_flops=world.size * devices.peak_flops(world.device, dtype) if world.is_main else None,
         asynchronous=world.device.type != "cpu",
+        samples_after=recipe.data.samples_after,
+        gauges=functools.partial(gauges, world.device),
     )
     out = log.Log(recipe.folder if world.is_main else None, recipe.log, progress, to_dict(recipe), state.step)
-    compiling = "compiled (the first step takes long)" if recipe.parallel.compile else "not compiled"
-    if recipe.parallel.compile and not fsdp.without_missing_compiler(recipe.parallel, world.device).compile:
+    compiling = "compiled (the first step takes long)" if recipe.parallel.compile != "off" else "not compiled"
+    if recipe.parallel.compile != fsdp.without_missing_compiler(recipe.parallel, world.device).compile:
         compiling = "not compiled, for torch.compile finds no C++ compiler (g++): slower"
-    micro_tokens = recipe.parallel.micro_batch * recipe.data.seq_len
-    loss = choose(recipe.loss, micro_tokens, recipe.model.vocab_size, recipe.parallel.compute_dtype)
+    micro_tokens = run.data.micro_batch * recipe.data.seq_len
+    loss = choose(recipe.loss, micro_tokens, recipe.model.vocab_size, dtype)
     start = f"continuing {recipe.folder} after step {state.step}" if state.step else f"starting {recipe.folder}"
     out.say(
         f"{start}: {num_params(recipe.model):,} parameters, {flops / 1e6:,.3g} MFLOPs a token, "
-        f"{recipe.steps} steps of {recipe.tokens_per_step:,} tokens, {world.size} rank(s) on {world.device.type}, "
+        f"{recipe.steps} steps of {recipe.tokens_of_steps} tokens, {world.size} rank(s) on {world.device.type}, "
         f"{recipe.parallel.param_dtype}, {compiling}, loss {loss}"
     )
-    for fact in run.data.facts(recipe.steps * recipe.data.global_batch):
+    for fact in run.data.facts(recipe.data.samples_after(recipe.steps)):
         out.say(fact)
     return out
+
+
+def gauges(device: torch.device) -> dict[str, float]:
+    """What a line says of this rank beside the step's metrics: bytes held at most, seconds spent compiling."""
+    return {"peak_memory": devices.peak_memory(device), "compile_s": compile_seconds()}
 
 
 def summary(recipe: Recipe, saved: Path | None) -> str:

@@ -11,12 +11,14 @@ up the same way.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.tensor import DTensor, Partial, Shard
 
 Batch = dict[str, Tensor]
 Aux = dict[str, Tensor]
@@ -76,17 +78,28 @@ def linear_cross_entropy(
     The loss is the sum of -log p(target) [nats], smoothed, plus z_loss · logsumexp², over the positions whose target is
     not -100, divided by `num_targets`; the second is pure, and 0 where the target is -100. Both are in at least fp32.
     The weight's rows from `vocab_size` on are padding and take no part. `softcap` c: c · tanh(logits / c), 0 for none.
-    `compile`: compile what is done with a chunk, although the caller is not compiled.
+    `compile`: compile what is done with a chunk, although the caller is not compiled. Where the weight is a DTensor,
+    its rows split among ranks that have the same hidden states, each has the logits of its own words alone.
     """
+    first_word, group = 0, ""
+    if isinstance(weight_VD, DTensor):
+        mesh = weight_VD.device_mesh
+        assert isinstance(hidden_BTD, DTensor) and weight_VD.placements == (Shard(0),)
+        # A rank knows what its own words have to say of the hidden states' gradient: the sum of all is wanted.
+        hidden_BTD, weight_VD = hidden_BTD.to_local(grad_placements=(Partial(),)), weight_VD.to_local()
+        first_word, group = mesh.get_local_rank() * len(weight_VD), mesh.get_group().group_name
     hidden_ND, targets_N = hidden_BTD.flatten(0, -2), targets_BT.flatten()
     # The gradients are rounded to the dtype of the weights after the division: once, as in a backward pass.
     scale = torch.ones((), device=hidden_BTD.device, dtype=_math_dtype(hidden_BTD)) / num_targets
     terms = (softcap, config.label_smoothing, config.z_loss)
-    if choose(config, len(targets_N), vocab_size, hidden_BTD.dtype) == "plain":
+    plain = choose(config, len(targets_N), min(vocab_size, len(weight_VD)), hidden_BTD.dtype) == "plain"
+    if plain and not group:
         loss, nll_N = _plain(hidden_ND, weight_VD[:vocab_size], targets_N, scale, *terms)
     else:
-        options = (vocab_size, config.chunk_tokens, torch.is_grad_enabled(), compile or torch.compiler.is_compiling())
-        loss, nll_N, _, _ = _Chunked.apply(hidden_ND, weight_VD, targets_N, scale, *terms, *options)
+        chunk_tokens = len(targets_N) if plain else config.chunk_tokens
+        options = (chunk_tokens, torch.is_grad_enabled(), compile or torch.compiler.is_compiling())
+        words = (vocab_size, first_word, group)
+        loss, nll_N, _, _ = _Chunked.apply(hidden_ND, weight_VD, targets_N, scale, *terms, *words, *options)
     return loss, nll_N.view(targets_BT.shape)
 
 
@@ -127,18 +140,11 @@ def _token_chunk_(
     Puts the loss's gradient in place of the logits.
     """
     logits = _capped(logits_NV, softcap)
-    # Kept apart, for their sum has lost digits that the probabilities of large logits need.
     max_N = logits.amax(1)
     sum_N = torch.exp(logits - max_N[:, None]).sum(1)
-    is_valid_N, log_sum_N = targets_N != IGNORED, sum_N.log()
     target_logit_N = logits.gather(1, targets_N.clamp(min=0)[:, None])[:, 0]
-    nll_N = torch.where(is_valid_N, log_sum_N - (target_logit_N - max_N), 0)
-    loss_N = nll_N
-    if smoothing:
-        even_N = torch.where(is_valid_N, log_sum_N - (logits.mean(1) - max_N), 0)
-        loss_N = (1 - smoothing) * nll_N + smoothing * even_N
-    if z:
-        loss_N = loss_N + torch.where(is_valid_N, z * (max_N + log_sum_N).square(), 0)
+    mean_N = logits.mean(1) if smoothing else max_N
+    loss_N, nll_N = _loss_terms(targets_N, max_N, sum_N, target_logit_N, mean_N, smoothing, z)
     if with_grads:
         words_V = torch.arange(logits.shape[1], device=logits.device, dtype=torch.int32)
         # In int32, of which a vector register holds as many as of fp32.
@@ -147,6 +153,22 @@ def _token_chunk_(
             logits_NV, words_V, targets_N1, max_N1, sum_N1, scale_N1, logits.shape[1], softcap, smoothing, z
         )
     return loss_N, nll_N, max_N, sum_N
+
+
+def _loss_terms(
+    targets_N: Tensor, max_N: Tensor, sum_N: Tensor, target_logit_N: Tensor, mean_N: Tensor, smoothing: float, z: float
+) -> tuple[Tensor, Tensor]:
+    """(loss, -log p(target)) of some tokens by m, Σ exp(logit - m), the target's logit and the mean of the logits."""
+    # m and the logarithm stay apart, for their sum has lost digits that the probabilities of large logits need.
+    is_valid_N, log_sum_N = targets_N != IGNORED, sum_N.log()
+    nll_N = torch.where(is_valid_N, log_sum_N - (target_logit_N - max_N), 0)
+    loss_N = nll_N
+    if smoothing:
+        even_N = torch.where(is_valid_N, log_sum_N - (mean_N - max_N), 0)
+        loss_N = (1 - smoothing) * nll_N + smoothing * even_N
+    if z:
+        loss_N = loss_N + torch.where(is_valid_N, z * (max_N + log_sum_N).square(), 0)
+    return loss_N, nll_N
 
 
 def _logits_to_grads_(
@@ -178,6 +200,47 @@ def _logits_to_grads_(
     logits.copy_(torch.where(scale != 0, grads * scale, 0))
 
 
+def _largest(logits_NV: Tensor, softcap: float) -> Tensor:
+    return _capped(logits_NV, softcap).amax(1)
+
+
+def _sums(logits_NV: Tensor, targets_N: Tensor, max_N: Tensor, softcap: float, first_word: int) -> Tensor:
+    """What adds up over the ranks that share the words [3, N]: Σ exp(logit - m), the target's logit, Σ logit."""
+    logits, word_N = _capped(logits_NV, softcap), targets_N - first_word
+    is_here_N = (word_N >= 0) & (word_N < logits.shape[1])
+    target_logit_N = logits.gather(1, torch.where(is_here_N, word_N, 0)[:, None])[:, 0]
+    sum_N = torch.exp(logits - max_N[:, None]).sum(1)
+    return torch.stack((sum_N, torch.where(is_here_N, target_logit_N, 0), logits.sum(1)))
+
+
+def _shared_token_chunk_(
+    logits_NV: Tensor,
+    targets_N: Tensor,
+    scale_N: Tensor,
+    softcap: float,
+    smoothing: float,
+    z: float,
+    with_grads: bool,
+    vocab_size: int,
+    first_word: int,
+    group: str,
+    compile: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`_token_chunk_` where this rank has the logits of the words from `first_word` on, and `group` has all."""
+    ranks = _resolve_process_group(group)  # type: ignore[arg-type]
+    max_N = _maybe_compiled(_largest, compile)(logits_NV, softcap)
+    torch.distributed.all_reduce(max_N, torch.distributed.ReduceOp.MAX, group=ranks)
+    sums_3N = _maybe_compiled(_sums, compile)(logits_NV, targets_N, max_N, softcap, first_word)
+    torch.distributed.all_reduce(sums_3N, group=ranks)
+    sum_N, target_logit_N, all_N = sums_3N
+    loss_N, nll_N = _loss_terms(targets_N, max_N, sum_N, target_logit_N, all_N / vocab_size, smoothing, z)
+    if with_grads:
+        words_V = torch.arange(logits_NV.shape[1], device=logits_NV.device, dtype=torch.int32) + first_word
+        of_tokens = (x[:, None] for x in (targets_N.to(torch.int32), max_N, sum_N, scale_N))
+        _maybe_compiled(_logits_to_grads_, compile)(logits_NV, words_V, *of_tokens, vocab_size, softcap, smoothing, z)
+    return loss_N, nll_N, max_N, sum_N
+
+
 def _capped(logits_NV: Tensor, softcap: float) -> Tensor:
     logits = logits_NV.to(_math_dtype(logits_NV))
     return softcap * torch.tanh(logits / softcap) if softcap else logits
@@ -186,6 +249,10 @@ def _capped(logits_NV: Tensor, softcap: float) -> Tensor:
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, fullgraph=True)
+
+
+def _maybe_compiled(function: Callable[..., Any], compile: bool) -> Callable[..., Any]:
+    return _compiled(function) if compile else function
 
 
 def _blocks(logits: Tensor, compile: bool) -> list[slice]:
@@ -199,7 +266,8 @@ def _blocks(logits: Tensor, compile: bool) -> list[slice]:
 torch.library.define(
     "modalities::linear_cross_entropy",
     "(Tensor hidden_ND, Tensor weight_VD, Tensor targets_N, Tensor scale, float softcap, float smoothing, float z, "
-    "int vocab_size, int chunk_tokens, bool with_grads, bool compile) -> (Tensor, Tensor, Tensor, Tensor)",
+    "int vocab_size, int first_word, str group, int chunk_tokens, bool with_grads, bool compile) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.impl("modalities::linear_cross_entropy", "Autograd")(torch.library.fallthrough_kernel)
 
@@ -213,29 +281,40 @@ def _in_chunks(
     smoothing: float,
     z: float,
     vocab_size: int,
+    first_word: int,
+    group: str,
     chunk_tokens: int,
     with_grads: bool,
     compile: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss [], -log p(target) [N], gradients of hidden [N, D] and weight [V, D], which are empty without grads)."""
+    """(loss [], -log p(target) [N], gradients of hidden [N, D] and weight [V, D], which are empty without grads).
+
+    With a `group` the weight's rows are the words from `first_word` on, and the hidden states' gradient is theirs.
+    """
     num_tokens = len(hidden_ND)
     chunk_tokens = min(chunk_tokens, num_tokens)
-    token_chunk_ = _compiled(_token_chunk_) if compile else _token_chunk_
-    logits_to_grads_ = _compiled(_logits_to_grads_) if compile else _logits_to_grads_
+    token_chunk_ = _maybe_compiled(_token_chunk_, compile)
+    if group:
+        token_chunk_ = partial(
+            _shared_token_chunk_, vocab_size=vocab_size, first_word=first_word, group=group, compile=compile
+        )
+    logits_to_grads_ = _maybe_compiled(_logits_to_grads_, compile)
 
     scale_N = torch.where(targets_N != IGNORED, scale, 0)
     loss_N, nll_N, max_N, sum_N = (torch.empty_like(scale_N) for _ in range(4))
     hidden_grad_ND, weight_grad_VD = (torch.empty_like(x if with_grads else x[:0]) for x in (hidden_ND, weight_VD))
-    weight_grad_VD[vocab_size:] = 0
-    weight_VD = weight_VD[:vocab_size]
+    num_words = min(len(weight_VD), vocab_size - first_word)
+    weight_grad_VD[num_words:] = 0
+    weight_VD = weight_VD[:num_words]
     # One buffer for all logits: fresh memory for each chunk would cost more than what is done with it.
-    logits = hidden_ND.new_empty(chunk_tokens * vocab_size)
+    logits = hidden_ND.new_empty(chunk_tokens * num_words)
     for first in range(0, num_tokens, chunk_tokens):
         chunk = slice(first, first + chunk_tokens)
         hidden, targets, scales = hidden_ND[chunk], targets_N[chunk], scale_N[chunk]
-        logits_NV = logits[: len(hidden) * vocab_size].view(len(hidden), vocab_size)
+        logits_NV = logits[: len(hidden) * num_words].view(len(hidden), num_words)
         torch.mm(hidden, weight_VD.T, out=logits_NV)
-        for rows in _blocks(logits_NV, compile):
+        # In one piece where ranks exchange sums, for they may have different numbers of words.
+        for rows in _blocks(logits_NV, compile or bool(group)):
             loss_N[chunk][rows], nll_N[chunk][rows], max_N[chunk][rows], sum_N[chunk][rows] = token_chunk_(
                 logits_NV[rows], targets[rows], scales[rows], softcap, smoothing, z, with_grads
             )
@@ -244,13 +323,13 @@ def _in_chunks(
             hidden_grad_ND[chunk] = torch.mm(weight_VD.T, logits_NV.T).T
     chunk_vocab = max(1, len(logits) // max(num_tokens, 1))
     of_tokens = (targets_N.to(torch.int32), max_N, sum_N, scale_N)
-    for first in range(0, vocab_size if with_grads else 0, chunk_vocab):
-        chunk = slice(first, min(first + chunk_vocab, vocab_size))
+    for first in range(0, num_words if with_grads else 0, chunk_vocab):
+        chunk = slice(first, min(first + chunk_vocab, num_words))
         weight = weight_VD[chunk]
         # A row for each word, again for the products: this one takes half the time of one from a row for each token.
         logits_VN = logits[: num_tokens * len(weight)].view(len(weight), num_tokens)
         torch.mm(weight, hidden_ND.T, out=logits_VN)
-        words_V1 = torch.arange(chunk.start, chunk.stop, device=logits.device, dtype=torch.int32)[:, None]
+        words_V1 = torch.arange(chunk.start, chunk.stop, device=logits.device, dtype=torch.int32)[:, None] + first_word
         for rows in _blocks(logits_VN, compile):
             logits_to_grads_(logits_VN[rows], words_V1[rows], *of_tokens, vocab_size, softcap, smoothing, z)
         torch.mm(logits_VN, hidden_ND, out=weight_grad_VD[chunk])
@@ -289,7 +368,7 @@ class _Chunked(torch.autograd.Function):
         hidden_grad_ND, weight_grad_VD = ctx.saved_tensors
         # A scalar leaves the dtype as it is.
         grads = (hidden_grad_ND * loss_grad, weight_grad_VD * loss_grad)
-        return *grads, None, None, None, None, None, None, None, None, None
+        return *grads, *(None for _ in range(11))
 
 
 # ------------------------------------------------------------------------------------------------------------- sources

@@ -20,6 +20,15 @@ VOCAB_MULTIPLE = 128
 SIZES = (
     "vocab_size", "num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "mlp_width", "max_seq_len", "window",
 )  # fmt: skip
+# How modules are split among the ranks of a tensor-parallel group: (regular expression, what fsdp.split does with it).
+TENSOR_PLAN = (
+    (r"embed", "words"),
+    (r"positions", "table"),
+    (r".*\.(attn|mlp)_norm|final_norm", "sequence"),
+    (r".*\.[qk]_norm", "heads"),
+    (r".*\.(wq|wk|wv|w_gate|w_up)|head", "columns"),
+    (r".*\.(wo|w_down)", "rows"),
+)
 Rope = tuple[Tensor, Tensor] | None
 Head = Callable[[Tensor, Tensor], Any]
 """What becomes of the last hidden states [B, T, D] and the head's weight [V, D], padding rows included."""

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+import torch.distributed
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw as adamw_kernel
 
 Params = dict[str, Tensor]
@@ -149,15 +151,28 @@ def local(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def clip_by_global_norm(grads: Params, max_norm: float) -> Tensor:
     """Scale `grads` in place to a global L2 norm of at most `max_norm` (0: as they are); returns the norm before."""
-    # Not torch.linalg.vector_norm, whose fp32 sum on a CPU is off by 2e-5 at a million elements.
-    squares = torch.stack([local(g).square().sum() for g in grads.values()]).sum()
-    sharded = next((g for g in grads.values() if isinstance(g, DTensor)), None)
-    if sharded is not None:
-        squares = DTensor.from_local(squares, sharded.device_mesh, [Partial()]).full_tensor()
-    norm = squares.sqrt()
+    norm = global_norm(grads.values())
     if max_norm > 0:
-        torch._foreach_mul_([local(g) for g in grads.values()], (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        parts = [local(g) for g in grads.values()]
+        torch._foreach_mul_(parts, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(parts[0].device))
     return norm
+
+
+def global_norm(grads: Iterable[Tensor]) -> Tensor:
+    """The L2 norm [] of all elements, each counted once, however many ranks have it."""
+    squares = defaultdict(list)
+    for grad in grads:
+        groups: tuple[ProcessGroup, ...] = ()
+        if isinstance(grad, DTensor):
+            groups = tuple(grad.device_mesh.get_group(i) for i, p in enumerate(grad.placements) if not p.is_replicate())
+        # Not torch.linalg.vector_norm, whose fp32 sum on a CPU is off by 2e-5 at a million elements.
+        squares[groups].append(local(grad).square().sum())
+    sums = []
+    for groups, parts in squares.items():
+        sums.append(torch.stack(parts).sum())
+        for group in groups:
+            torch.distributed.all_reduce(sums[-1], group=group)
+    return torch.stack(sums).sum().sqrt()
 
 
 def lr_multiple(config: ScheduleConfig, position: float, stride: float, total: float) -> float:
@@ -185,7 +200,8 @@ def lr_multiple(config: ScheduleConfig, position: float, stride: float, total: f
     return 1.0
 
 
-def learning_rate(config: OptimConfig, step: int, total_steps: int, tokens_per_step: int) -> float:
-    """The learning rate of step `step` (from 0) of a run of `total_steps`."""
-    stride = 1 if config.schedule.unit == "steps" else tokens_per_step
-    return config.lr * lr_multiple(config.schedule, step * stride, stride, total_steps * stride)
+def learning_rate(config: OptimConfig, step: int, total_steps: int, tokens_after: Callable[[int], int]) -> float:
+    """The learning rate of step `step` (from 0) of a run of `total_steps`; `tokens_after(n)`: what n steps consume."""
+    after = int if config.schedule.unit == "steps" else tokens_after
+    position, total = after(step), after(total_steps)
+    return config.lr * lr_multiple(config.schedule, position, after(step + 1) - position, total)

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 
-from modalities import cli, trained
+from modalities import cli, memory, trained
 from modalities.checkpoint import CheckpointConfig
 from modalities.config import from_dict, to_dict
 from modalities.data import DataConfig, TrainData
-from modalities.dist import World
-from modalities.fsdp import ParallelConfig
+from modalities.dist import World, degrees
+from modalities.fsdp import ParallelConfig, check_split
 from modalities.generate import SampleConfig
 from modalities.log import LogConfig
 from modalities.loss import LossConfig
@@ -60,11 +60,12 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps is {self.steps}, but must be at least 1")
-        schedule, stride = self.optim.schedule, 1 if self.optim.schedule.unit == "steps" else self.tokens_per_step
-        if schedule.kind == "wsd" and schedule.warmup + schedule.decay > self.steps * stride:
+        schedule = self.optim.schedule
+        length = self.steps if schedule.unit == "steps" else self.tokens_after(self.steps)
+        if schedule.kind == "wsd" and schedule.warmup + schedule.decay > length:
             raise ValueError(
                 f"optim.schedule: warmup {schedule.warmup} and decay {schedule.decay} do not fit into the run's "
-                f"{self.steps * stride} {schedule.unit}"
+                f"{length} {schedule.unit}"
             )
         if self.model.attention == "flash" and self.parallel.param_dtype == "float32":
             raise ValueError(
@@ -84,17 +85,40 @@ class Recipe:
 
     @property
     def tokens_per_step(self) -> int:
+        """At the run's beginning; a ramp changes it."""
         return self.data.global_batch * self.data.seq_len
+
+    def tokens_after(self, steps: int) -> int:
+        """Training tokens that the first `steps` steps consume."""
+        return self.data.samples_after(steps) * self.data.seq_len
+
+    @property
+    def tokens_of_steps(self) -> str:
+        """The tokens of a step, in words; with a ramp, of the first and of the last."""
+        sizes = sorted({self.data.batch_at(self.data.samples_after(step)) for step in (0, self.steps - 1)})
+        return " to ".join(f"{size * self.data.seq_len:,}" for size in sizes)
 
 
 def check_ranks(recipe: Recipe, ranks: int) -> None:
-    """Raise ValueError if the global batch cannot be cut evenly into ranks and micro-batches."""
-    batch, micro = recipe.data.global_batch, recipe.parallel.micro_batch
-    if batch % (ranks * micro):
+    """Raise ValueError if a global batch cannot be cut evenly into the ranks' parts and micro-batches."""
+    parallel = recipe.parallel
+    replicate, shard, tensor = degrees(ranks, parallel.replicate, parallel.shard, parallel.tensor)
+    check_split(recipe.model, tensor)
+    if recipe.data.seq_len % tensor:
         raise ValueError(
-            f"data.global_batch {batch} is not divisible by {ranks} rank(s) × parallel.micro_batch {micro} = "
-            f"{ranks * micro}; change one of them"
+            f"data.seq_len {recipe.data.seq_len} is not divisible by parallel.tensor {tensor}; change one of them"
         )
+    reshard = parallel.reshard_after_forward
+    if not isinstance(reshard, bool) and shard % reshard:
+        raise ValueError(f"parallel.reshard_after_forward {reshard} does not divide parallel.shard {shard}; change it")
+    parts, micro = replicate * shard, recipe.parallel.micro_batch
+    cut = parts if micro == "auto" else parts * micro
+    for i, batch in enumerate(recipe.data.batch_sizes):
+        if batch % cut:
+            field = "data.ramp's" if i else "data.global_batch"
+            per_tensor = f" ({ranks} / parallel.tensor {recipe.parallel.tensor})" if recipe.parallel.tensor > 1 else ""
+            by = "" if micro == "auto" else f" × parallel.micro_batch {micro} = {cut}"
+            raise ValueError(f"{field} {batch} is not divisible by {parts} rank(s){per_tensor}{by}; change one of them")
 
 
 def load(name: str) -> tuple[Recipe, Path]:
@@ -167,24 +191,22 @@ def parse(recipe: Recipe, args: Sequence[str], prog: str) -> Recipe:
     return cli.parse(Recipe, args, default=recipe, prog=prog)
 
 
-def memory_per_rank(recipe: Recipe, ranks: int) -> dict[str, float]:
-    """Estimated peak memory of a rank by part [bytes].
-
-    Weights, gradients and AdamW's two means in fp32, a shard of each. Activations: what the backward pass of a block
-    reads, about 8 times the width and 4 times the MLP's hidden width a token. Logits: in the compute dtype, in fp32,
-    and their gradient.
-    """
-    params = num_params(recipe.model)
-    tokens = recipe.parallel.micro_batch * recipe.data.seq_len
-    compute = recipe.parallel.compute_dtype.itemsize
-    per_layer = 8 * recipe.model.width + 4 * recipe.model.mlp_hidden
-    return {
-        "parameters": params * (4 / ranks + (compute if compute < 4 else 0)),
-        "gradients": params * 4 / ranks,
-        "optimizer": params * 8 / ranks,
-        "activations": tokens * recipe.model.num_layers * per_layer * compute,
-        "logits": tokens * recipe.model.padded_vocab_size * (compute + 8),
-    }
+def memory_per_rank(recipe: Recipe, ranks: int, device_type: str = "cpu") -> memory.Parts:
+    """The parts of a rank's memory at its fullest [bytes]; for a micro-batch of "auto" with one sequence."""
+    parallel, data = recipe.parallel, recipe.data
+    replicate, shard, tensor = degrees(ranks, parallel.replicate, parallel.shard, parallel.tensor)
+    micro = 1 if parallel.micro_batch == "auto" else parallel.micro_batch
+    return memory.per_rank(
+        recipe.model,
+        parallel,
+        recipe.loss,
+        micro,
+        data.seq_len,
+        accumulated=max(data.batch_sizes) // (replicate * shard * micro),
+        shards=shard * tensor,
+        sharded=ranks > 1,
+        device_type=device_type,
+    )
 
 
 def dry_run(recipe: Recipe) -> None:
@@ -199,18 +221,30 @@ def dry_run(recipe: Recipe) -> None:
 
 
 def describe(recipe: Recipe, ranks: int) -> str:
-    first_rank = World(rank=0, size=ranks, device=torch.device("cpu"), mesh=None)
-    data = TrainData(recipe.data, recipe.model.vocab_size, recipe.seed, recipe.parallel.micro_batch, first_rank)
+    parallel = recipe.parallel
+    is_auto = parallel.micro_batch == "auto"
+    first_rank = World(rank=0, size=ranks, device=torch.device("cpu"), mesh=None, tensor=parallel.tensor)
+    micro = 1 if parallel.micro_batch == "auto" else parallel.micro_batch
+    data = TrainData(recipe.data, recipe.model.vocab_size, recipe.seed, micro, first_rank)
     shape = tuple(data.read(0)["inputs"].shape)
-    memory = memory_per_rank(recipe, ranks)
-    parts = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in memory.items())
+    searched = "; parallel.micro_batch auto is searched when training starts: here with 1" if is_auto else ""
     return "\n".join(
         (
             json.dumps(to_dict(recipe), indent=2),
             f"parameters       {num_params(recipe.model):,}",
             f"FLOPs per token  {flops_per_token(recipe.model, recipe.data.seq_len):,}",
-            *(f"training data    {fact}" for fact in data.facts(recipe.steps * recipe.data.global_batch)),
-            f"memory per rank  about {sum(memory.values()) / 2**20:,.0f} MiB on {ranks} rank(s): {parts}",
+            *(f"training data    {fact}" for fact in data.facts(recipe.data.samples_after(recipe.steps))),
+            f"memory per rank  {describe_memory(recipe, ranks)}{searched}",
             f"first batch      {shape} a rank: micro-batches × sequences × tokens",
         )
     )
+
+
+def describe_memory(recipe: Recipe, ranks: int) -> str:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    parts = memory_per_rank(recipe, ranks, device.type)
+    listed = ", ".join(f"{name} {size / 2**20:,.0f}" for name, size in parts.items())
+    there = (
+        f" of {torch.cuda.get_device_properties(device).total_memory / 2**30:,.1f} GiB" if device.type == "cuda" else ""
+    )
+    return f"about {sum(parts.values()) / 2**20:,.0f} MiB{there} on {ranks} rank(s): {listed}"

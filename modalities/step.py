@@ -1,7 +1,8 @@
 """One training step as a pure function of state and batch: `train_step(state, batch) -> (state, metrics)`.
 
-The model is applied by `torch.func.functional_call`. Its gradient has two implementations with one signature:
-`torch.func.grad_and_value` over plain tensors, and a backward pass over FSDP2's shards, whose gradients exist only in
+Plain weights are given to the model by `torch.func.functional_call`; a sharded model has its own. The gradient has
+three implementations with one signature: `torch.func.grad_and_value`; `torch.autograd.grad` where activations are
+computed anew, which torch.func cannot do; and a backward pass over FSDP2's shards, whose gradients exist only in
 `.grad`.
 """
 
@@ -11,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
+from torch.utils._pytree import tree_map
 
 from modalities.compiling import compiled
 from modalities.dist import World, sum_over_ranks
@@ -28,6 +31,7 @@ from modalities.loss import (
 )
 from modalities.model import Cache, Head, Transformer
 from modalities.optim import Optimizer, OptState, Params, clip_by_global_norm, local
+from modalities.profiling import span
 from modalities.rng import fold
 
 GradFn = Callable[[Params, Batch], tuple[Params, tuple[Tensor, Aux]]]
@@ -73,13 +77,16 @@ def apply(
     cache: Cache | None = None,
     head: Head | None = None,
 ) -> Any:
-    """What `model` computes with `weights` in place of its own; under FSDP2 they must be its own shards."""
-    options = {"train": train, "cache": cache, "head": head}
-    # A copy of the dict, for FSDP2 puts the gathered weights of the root into the one that is given.
-    out = functional_call(model, dict(weights), (tokens_BT, positions_BT, documents_BT), options)
-    if isinstance(model, FSDPModule) and not torch.is_grad_enabled():
-        # functional_call gave the root its shards back, which FSDP2 holds to be gathered until a backward pass.
-        model.reshard()
+    """What `model` computes with `weights`; a sharded one has its own, and they must be these."""
+    inputs, options = (tokens_BT, positions_BT, documents_BT), {"train": train, "cache": cache, "head": head}
+    if not isinstance(model, FSDPModule):
+        return functional_call(model, weights, inputs, options)
+    out = model(*inputs, **options)
+    if not torch.is_grad_enabled():
+        # What waits for a backward pass to be freed would stay, and grow stale.
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
     return out
 
 
@@ -122,45 +129,98 @@ def make_loss_fn(
     return loss_fn
 
 
-def grad_and_value(loss_fn: LossFn, sharded: bool, compile: bool) -> GradFn:
-    """`(params, batch) -> (grads, (loss, aux))`, fp32 gradients with the names and the sharding of `params`."""
+def grad_and_value(
+    loss_fn: LossFn,
+    sharded: bool,
+    compile: bool,
+    mode: str = "default",
+    by_autograd: bool = False,
+    recompute: bool = False,
+) -> GradFn:
+    """`(params, batch) -> (grads, (loss, aux))`, fp32 gradients with the names and the sharding of `params`.
+
+    `compile`, in the `mode` of torch.compile: as a whole. `by_autograd`: not with torch.func, for a model that computes
+    activations anew, or is not compiled as a whole. `recompute`: what that program keeps, as `compiled` says.
+    """
     if sharded:
         return grad_by_backward(loss_fn)
 
-    def grad_fn(params: Params, batch: Batch) -> tuple[Params, tuple[Tensor, Aux]]:
+    def by_func(params: Params, batch: Batch) -> tuple[Params, tuple[Tensor, Aux]]:
         return torch.func.grad_and_value(loss_fn, has_aux=True)(params, batch)
 
-    return compiled(grad_fn) if compile else grad_fn
+    if by_autograd:
+        grad_fn = grad_by_autograd(compiled(loss_fn, mode, recompute) if compile else loss_fn)
+    else:
+        grad_fn = compiled(by_func, mode) if compile else by_func
+    return out_of_cuda_graph(grad_fn) if compile and mode in ("reduce-overhead", "max-autotune") else grad_fn
+
+
+def out_of_cuda_graph(grad_fn: GradFn) -> GradFn:
+    """The same function with results of its own: a CUDA graph puts the next ones where it has put these."""
+
+    def copied(params: Params, batch: Batch) -> tuple[Params, tuple[Tensor, Aux]]:
+        torch.compiler.cudagraph_mark_step_begin()
+        return tree_map(torch.clone, grad_fn(params, batch))
+
+    return copied
+
+
+def grad_by_autograd(loss_fn: LossFn) -> GradFn:
+    """The same function for what `torch.func` cannot go through."""
+
+    def grad_fn(params: Params, batch: Batch) -> tuple[Params, tuple[Tensor, Aux]]:
+        leaves = {name: p.detach().requires_grad_() for name, p in params.items()}
+        loss, aux = loss_fn(leaves, batch)
+        grads = torch.autograd.grad(loss, list(leaves.values()))
+        return dict(zip(leaves, grads, strict=True)), (loss.detach(), detached(aux))
+
+    return grad_fn
 
 
 def grad_by_backward(loss_fn: LossFn) -> GradFn:
-    """The same function by a backward pass over the model's own parameters, for what `torch.func` cannot go through."""
+    """The same function over a sharded model's own parameters. Gradients that FSDP2 still keeps back are left out."""
 
     def grad_fn(params: Params, batch: Batch) -> tuple[Params, tuple[Tensor, Aux]]:
         loss, aux = loss_fn(params, batch)
         loss.backward()
         grads = {}
         for name, param in params.items():
-            assert param.grad is not None, f"{name} had no part in the loss"
-            grads[name], param.grad = param.grad, None
-        return grads, (loss.detach(), {key: value.detach() for key, value in aux.items()})
+            if param.grad is not None:
+                grads[name], param.grad = param.grad, None
+        return grads, (loss.detach(), detached(aux))
 
     return grad_fn
 
 
-def micro_batches(batch: Batch) -> Iterator[Batch]:
-    """The micro-batches [B, T] of a rank's batch [A, B, T], each with the global number of targets."""
+def detached(aux: Aux) -> Aux:
+    return {key: value.detach() for key, value in aux.items()}
+
+
+def micro_batches(batch: Batch, group: ProcessGroup | None = None) -> Iterator[Batch]:
+    """The micro-batches [B, T] of a rank's batch [A, B, T], each with the number of targets of all ranks of `group`."""
     # A batch without targets teaches nothing.
-    num_targets = sum_over_ranks(count_targets(batch["targets"])).clamp(min=1)
+    num_targets = sum_over_ranks(count_targets(batch["targets"]), group).clamp(min=1)
     for i in range(len(batch["inputs"])):
         yield {"num_targets": num_targets, **{key: value[i] for key, value in batch.items()}}
 
 
-def accumulated_grads(grad_fn: GradFn, params: Params, batch: Batch) -> tuple[Params, tuple[Tensor, Aux]]:
-    """(gradients, (loss, aux)) of a rank's batch [A, B, T], one micro-batch at a time."""
+def accumulated_grads(
+    grad_fn: GradFn,
+    params: Params,
+    batch: Batch,
+    group: ProcessGroup | None = None,
+    sync: Callable[[bool], None] | None = None,
+) -> tuple[Params, tuple[Tensor, Aux]]:
+    """(gradients, (loss, aux)) of a rank's batch [A, B, T], one micro-batch at a time.
+
+    `group`: the ranks whose batches make up the global one; None: all. `sync`: told before each micro-batch whether it
+    is the last, for gradients that are summed over ranks then alone.
+    """
     grads: Params = {}
     losses, auxes = [], []
-    for micro_batch in micro_batches(batch):
+    for i, micro_batch in enumerate(micro_batches(batch, group), start=1):
+        if sync is not None:
+            sync(i == len(batch["inputs"]))
         new, (loss, aux) = grad_fn(params, micro_batch)
         losses.append(loss)
         auxes.append(aux)
@@ -168,15 +228,16 @@ def accumulated_grads(grad_fn: GradFn, params: Params, batch: Batch) -> tuple[Pa
             torch._foreach_add_([local(grads[name]) for name in grads], [local(new[name]) for name in grads])
         else:
             grads = new
+    assert grads.keys() == params.keys(), f"no part in the loss: {params.keys() - grads.keys()}"
     aux = {key: torch.stack([aux[key] for aux in auxes]).sum(0) for key in auxes[0]}
     return grads, (torch.stack(losses).sum(), aux)
 
 
-def source_losses(aux: Aux, sources: Sequence[str]) -> Metrics:
+def source_losses(aux: Aux, sources: Sequence[str], group: ProcessGroup | None = None) -> Metrics:
     """`loss/<source>`, the mean over all ranks [nats per token]; NaN for one that has no target in the batch."""
     if not aux:
         return {}
-    means_S = sum_over_ranks(aux["source_loss"]) / sum_over_ranks(aux["source_targets"])
+    means_S = sum_over_ranks(aux["source_loss"], group) / sum_over_ranks(aux["source_targets"], group)
     return {f"loss/{source}": mean for source, mean in zip(sources, means_S, strict=True)}
 
 
@@ -188,30 +249,35 @@ def make_train_step(
     seed: int,
     world: World,
     sources: Sequence[str] = (),
+    sync: Callable[[bool], None] | None = None,
 ) -> TrainStep:
     """`train_step(state, batch) -> (state, metrics)` for a rank's batch [A, B, T]; it consumes the state it gets.
 
-    `sources`: what the sources are called, if there are several.
+    `sources`: what the sources are called, if there are several. `sync`: as in `accumulated_grads`.
     """
+    group = world.data_group
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         torch.manual_seed(fold(seed, "dropout", state.step, world.rank))
-        grads, (loss, aux) = accumulated_grads(grad_fn, state.params, batch)
-        grad_norm = clip_by_global_norm(grads, grad_clip)
+        grads, (loss, aux) = accumulated_grads(grad_fn, state.params, batch, group, sync)
         lr = lr_at(state.step)
-        params, opt_state = optimizer.update(grads, state.opt_state, state.params, lr)
-        consumed = batch["inputs"].shape[0] * batch["inputs"].shape[1] * world.size
-        metrics: Metrics = {"loss": sum_over_ranks(loss), "lr": lr, "grad_norm": grad_norm}
-        metrics |= source_losses(aux, sources)
+        with span("optimizer"):
+            grad_norm = clip_by_global_norm(grads, grad_clip)
+            params, opt_state = optimizer.update(grads, state.opt_state, state.params, lr)
+        consumed = batch["inputs"].shape[0] * batch["inputs"].shape[1] * world.data_size
+        metrics: Metrics = {"loss": sum_over_ranks(loss, group), "lr": lr, "grad_norm": grad_norm}
+        metrics |= source_losses(aux, sources, group)
         return TrainState(params, opt_state, state.step + 1, state.samples + consumed), metrics
 
     return train_step
 
 
-def make_eval_step(loss_fn: LossFn, sharded: bool, compile: bool) -> EvalStep:
-    """`evaluate(params, batches) -> mean loss over all valid targets of all ranks [nats]`, fp32 [] on the device."""
+def make_eval_step(
+    loss_fn: LossFn, sharded: bool, compile: bool, mode: str = "default", group: ProcessGroup | None = None
+) -> EvalStep:
+    """`evaluate(params, batches) -> mean loss over all valid targets of the ranks of `group` [nats]`, fp32 []."""
     if compile and not sharded:
-        loss_fn = compiled(loss_fn)
+        loss_fn = compiled(loss_fn, mode)
 
     @torch.no_grad()
     def evaluate(params: Params, batches: Iterable[Batch]) -> Tensor:
@@ -220,7 +286,7 @@ def make_eval_step(loss_fn: LossFn, sharded: bool, compile: bool) -> EvalStep:
             one = torch.ones((), device=batch["inputs"].device)
             loss_sum, _ = loss_fn(params, {"num_targets": one, **batch})
             total, count = total.to(loss_sum) + loss_sum, count.to(loss_sum) + count_targets(batch["targets"])
-        total, count = sum_over_ranks(torch.stack((total, count)))
+        total, count = sum_over_ranks(torch.stack((total, count)), group)
         return total / count
 
     return evaluate

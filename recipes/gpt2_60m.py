@@ -20,7 +20,7 @@ recipe = Recipe(
     model=ModelConfig(vocab_size=50_257, num_layers=10, width=512, num_heads=8, mlp_width=1536, max_seq_len=512),
     data=DataConfig(seq_len=512, global_batch=16),
     optim=OptimConfig(lr=1e-3, schedule=ScheduleConfig(kind="cosine", warmup=100)),
-    parallel=ParallelConfig(micro_batch=4),
+    parallel=ParallelConfig(micro_batch=4, activation_checkpointing="selective"),
     eval=EvalConfig(every=500, samples=64),
     checkpoint=CheckpointConfig(every=500),
 )

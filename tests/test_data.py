@@ -175,6 +175,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"train": ("x/a.pbin", "y/a.pbin")}, "data.train has two files called 'a'; give each a name of its own"),
     ({"train": ("x/a.pbin", "y/b.pbin"), "names": ("a", "a")}, "data.train has two files called 'a'"),
     ({"val": ("x/a.pbin", "y/a.pbin")}, "data.val has two files called 'a'; rename a file"),
+    ({"ramp": ((0, 8),)}, "data.ramp has (0, 8), but tokens and sequences must be at least 1"),
+    ({"ramp": ((10, 0),)}, "data.ramp has (10, 0), but tokens"),
+    ({"ramp": ((10, 8), (10, 16))}, "data.ramp: tokens 10 come after 10, but must ascend"),
     ({"names": ("a", "b")}, "data.names: 2 given for the 1 file(s) of data.train"),
     ({"weights": (0.5, 0.5)}, "data.weights: 2 given for the 1 file(s)"),
     ({"weights": (-1.0,)}, "data.weights are (-1.0,), but must be finite"),
@@ -188,6 +191,49 @@ BAD: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("fields", "message"), BAD, ids=[message.partition(",")[0] for _, message in BAD])
 def test_a_config_that_cannot_be_is_refused(fields: dict[str, Any], message: str) -> None:
     assert message in complaint(lambda: DataConfig(**fields))
+
+
+# --------------------------------------------------------------------------------------------------- ramp of the batch
+
+
+def ramped(folder: Path, ranks: World | None = None) -> TrainData:
+    """Batches of 4; of 8 from 100 tokens on (12.5 sequences), and of 24 from 400 on (50 sequences)."""
+    config = DataConfig(train=(str(folder / "a.pbin"),), seq_len=T, global_batch=4, ramp=((100, 8), (400, 24)))
+    return TrainData(config, VOCAB, 0, 2, ranks or world())
+
+
+def test_a_ramp_says_how_large_each_step_is(tmp_path: Path, tokens: np.ndarray) -> None:
+    config, samples, sizes = ramped(tmp_path).config, [0], []
+    for _ in range(12):
+        sizes.append(config.batch_at(samples[-1]))
+        samples.append(samples[-1] + sizes[-1])
+    # A step has one size: the first that begins after 100 tokens, which is at 16 sequences, has the next.
+    assert sizes == [4] * 4 + [8] * 5 + [24] * 3
+    assert [config.samples_after(step) for step in range(13)] == samples
+    steps = 10**12
+    assert config.samples_after(steps) == samples[-1] + (steps - 12) * 24
+    assert config.batch_sizes == (4, 8, 24)
+    leap = replace(config, ramp=((1, 8), (2, 16), (3, 2)))  # sizes that no step ever has
+    assert [leap.batch_at(n) for n in (0, 1, 4)] == [4, 2, 2] and leap.samples_after(3) == 8
+    flat = replace(config, ramp=())
+    assert flat.samples_after(7) == 28 and flat.batch_at(10**9) == 4
+
+
+def test_a_ramp_leaves_the_order_as_it_is(tmp_path: Path, tokens: np.ndarray) -> None:
+    data, samples, order = ramped(tmp_path), 0, []
+    for _ in range(12):
+        batch = data.batch(samples)
+        assert same(batch, data.read(samples)) and same(batch, ramped(tmp_path).batch(samples))
+        order += numbers_of(batch["inputs"])
+        samples += data.config.batch_at(samples)
+        assert len(order) == samples
+        assert data.next is not None and data.next[0] == samples, "the next batch is not being read"
+    plain = train_data(tmp_path, batch=samples)
+    assert order == numbers_of(plain.read(0)["inputs"])
+    parts = [ramped(tmp_path, world(rank, 2)) for rank in range(2)]
+    for first in (0, 12, 16, 56, 80):
+        together = torch.cat([part.read(first)["inputs"].view(-1, T) for part in parts])
+        assert torch.equal(together, data.read(first)["inputs"].view(-1, T))
 
 
 # ------------------------------------------------------------------------------------------------------ several sources

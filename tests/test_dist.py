@@ -50,5 +50,30 @@ def test_a_mistake_in_one_process_keeps_its_kind() -> None:
         raise FileNotFoundError("gone")
 
 
-def test_no_peak_is_claimed_for_an_unknown_device() -> None:
-    assert dist.peak_flops(torch.device("cpu")) is None
+@pytest.mark.parametrize(
+    "size, given, expected",
+    [(8, (1, -1, 1), (1, 8, 1)), (8, (2, -1, 2), (2, 2, 2)), (1, (1, -1, 1), (1, 1, 1)), (6, (3, 2, 1), (3, 2, 1))],
+)
+def test_the_rest_of_the_ranks_shard(size: int, given: tuple[int, int, int], expected: tuple[int, int, int]) -> None:
+    assert dist.degrees(size, *given) == expected
+
+
+@pytest.mark.parametrize("size, given", [(8, (3, -1, 1)), (4, (1, 2, 1)), (1, (1, -1, 2)), (2, (2, 2, 1))])
+def test_degrees_that_do_not_make_up_the_ranks_are_refused(size: int, given: tuple[int, int, int]) -> None:
+    with pytest.raises(
+        ValueError, match=f"^parallel.replicate {given[0]} .*but the number of ranks is {size}; [^\n]*$"
+    ):
+        dist.degrees(size, *given)
+
+
+def data_of_a_tensor_parallel_world() -> None:
+    with dist.setup(tensor=2) as world:
+        assert world.mesh is not None and world.mesh.mesh_dim_names == ("shard", "tensor")
+        assert (world.data_rank, world.data_size) == (world.rank // 2, 1)
+        # Both ranks have the same data, of which a sum has one.
+        assert dist.sum_over_ranks(torch.tensor(5), world.data_group) == 5
+        assert dist.sum_over_ranks(torch.tensor(5)) == 10
+
+
+def test_ranks_that_share_tensors_read_the_same_data() -> None:
+    tiny.run_ranks(2, data_of_a_tensor_parallel_world)

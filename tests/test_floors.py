@@ -13,18 +13,19 @@ PACKAGE = ROOT / "modalities"
 FLOORS = {
     0: {
         "attention", "cli", "compiling", "config", "fields", "histogram", "log", "loss", "optim", "packing", "pairs",
-        "ranks", "rng", "sources",
+        "profiling", "ranks", "rng", "sources",
     },
-    1: {"dist", "mixture", "model", "pbin"},
+    1: {"devices", "dist", "mixture", "model", "pbin"},
     2: {
         "account", "corpus", "demo", "families", "files", "fsdp", "parts", "presets", "sequences", "step", "tokenizer",
         "workplace",
     },
-    3: {"chat", "checkpoint", "data", "encode", "masks", "shuffle"},
+    3: {"chat", "checkpoint", "data", "encode", "masks", "memory", "shuffle"},
     4: {"describe", "pack", "trained"},
     5: {"commands", "evaluate", "generate", "hf"},
     6: {"recipe"},
-    7: {"loop"},
+    7: {"search"},
+    8: {"loop"},
 }  # fmt: skip
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 CORE = ("attention", "model", "data", "loss", "optim", "fsdp", "step", "loop", "checkpoint")

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,19 @@ def test_a_line_has_the_keys_of_the_design(tmp_path: Path) -> None:
     assert train["mfu"] == pytest.approx(train["tokens_per_s"] * 1000 / 1e6)
     assert before <= train["time"] <= time.time()
     assert list(val) == ["step", "samples", "tokens", "val/val/loss", "time"] and val["val/val/loss"] == 3.5
+
+
+def test_a_line_tells_memory_and_the_seconds_of_compiling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seconds = iter((1.5, 1.5))
+    gauged = replace(progress(), gauges=lambda: {"peak_memory": 3 * 2**30, "compile_s": next(seconds)})
+    log = Log(tmp_path, PLAIN, gauged, {})
+    for step in (1, 2):
+        log.train(step, 4 * step, metrics(1.0))
+    log.close()
+    assert [(line["peak_memory"], line["compile_s"]) for line in lines(tmp_path)] == [(3 * 2**30, 1.5)] * 2
+    first, second = capsys.readouterr().out.splitlines()
+    assert "3.00 GiB" in first and ", 1.5 s of it compiling" in first
+    assert "3.00 GiB" in second and "compiling" not in second
 
 
 def test_metrics_are_read_one_step_late(tmp_path: Path) -> None:

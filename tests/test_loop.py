@@ -1,10 +1,17 @@
 """The loop: a run resumed, repeated or spread over ranks is the same run."""
 
+import gc
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
+import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -13,15 +20,16 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.profiler import ProfilerActivity, profile, record_function
 
-from modalities import checkpoint, dist, families, loop, trained
+from modalities import checkpoint, devices, dist, families, loop, profiling, trained
 from modalities import recipe as recipes
 from modalities.config import from_dict
 from modalities.data import TrainData
 from modalities.fsdp import ParallelConfig
-from modalities.log import read_metrics
+from modalities.log import Log, LogConfig, Progress, read_metrics
 from modalities.mixture import Stage
-from modalities.model import ModelConfig
+from modalities.model import ModelConfig, flops_per_token
 from modalities.pbin import open_pbin, write_pbin
 from modalities.recipe import Recipe
 
@@ -76,7 +84,7 @@ def test_ten_steps_and_ten_more_are_twenty_to_the_bit(tmp_path: Path, ranks: int
 
 
 def test_the_default_precision_and_compilation_resume_to_the_bit_too(tmp_path: Path) -> None:
-    parallel = ParallelConfig(micro_batch=4, param_dtype="bfloat16", compile=True)
+    parallel = ParallelConfig(micro_batch=4, param_dtype="bfloat16", compile="model")
     recipe = tiny.recipe(tmp_path, model=DROPOUT, parallel=parallel, data=replace(tiny.recipe(tmp_path).data, val=()))
     straight = train_on(1, recipe)
     shutil.copytree(straight, tmp_path / "runs" / "resumed", ignore=shutil.ignore_patterns("step-00000020"))
@@ -257,3 +265,98 @@ def test_a_line_that_a_killed_run_broke_off_does_no_harm(tmp_path: Path) -> None
         file.write('{"step": 20, "sam')
     train_on(1, recipe)
     assert len(losses(folder)) == 20 and (folder / "step-00000020").exists()
+
+
+# What makes the host wait for the device: a number read, or a shape that depends on data.
+SYNCS = (
+    "aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::nonzero", "aten::masked_select",
+    "aten::_unique2", "aten::equal",
+)  # fmt: skip
+
+
+def unlogged_steps(recipe: Recipe, world: dist.World) -> Iterator[None]:
+    """Steps of the loop that are not logged, each when the next is asked for; three before the first."""
+    run, state = loop.build(recipe, world)
+    progress = Progress(100, recipe.data.global_batch, recipe.data.seq_len, 1, None, asynchronous=True)
+    out = Log(None, LogConfig(every=100), progress, {})
+    while True:
+        state, metrics = run.train_step(state, run.data.batch(state.samples))
+        out.train(state.step, state.samples, metrics)
+        if state.step >= 3:
+            yield
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_step_that_is_not_logged_reads_nothing_from_the_device(tmp_path: Path, mixed: bool) -> None:
+    recipe = mixed_recipe(tmp_path, "mixed") if mixed else tiny.recipe(tmp_path)
+    with dist.setup() as world:
+        steps = unlogged_steps(recipe, world)
+        next(steps)
+        with profile(activities=[ProfilerActivity.CPU]) as profiler, record_function("step 1"):
+            for _ in range(3):
+                next(steps)
+    paths = [path for path, _ in profiling.spans(profiler.events(), range(1, 2), on_gpu=False)]
+    # On a CPU the fused kernel reads its count of steps, which is in the host's memory then; on a GPU it does not.
+    names = [path[-1] for path in paths if "aten::_fused_adamw_" not in path]
+    assert len(names) > 1000 and "aten::mm" in names and "batch" in names and "optimizer" in names
+    assert not [name for name in names if name in SYNCS]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("compile", ["off", "model"])
+def test_a_step_that_is_not_logged_does_not_wait_for_the_gpu(tmp_path: Path, compile: Literal["off", "model"]) -> None:
+    recipe = tiny.recipe(tmp_path, parallel=ParallelConfig(micro_batch=2, compile=compile))
+    with dist.setup() as world:
+        steps = unlogged_steps(recipe, world)
+        next(steps)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(3):
+                next(steps)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_garbage_is_collected_at_the_same_steps_and_as_python_likes_afterwards() -> None:
+    class Cycle:
+        def __init__(self) -> None:
+            self.itself = self
+
+    alive = []
+    with pytest.raises(KeyError), loop.garbage_collected_together(every=5) as collect:
+        for step in range(1, 12):
+            last = weakref.ref(Cycle())
+            # As many objects as would make Python collect by itself.
+            assert step == 1 or len([Cycle() for _ in range(3000)]) and last() is not None
+            collect(step)
+            alive.append(last() is not None)
+        raise KeyError
+    assert [step for step, lives in enumerate(alive, 1) if not lives] == [1, 5, 10]
+    assert gc.isenabled() and gc.get_freeze_count() == 0
+
+
+def test_a_line_tells_memory_and_the_share_of_the_peak(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = train_on(1, tiny.recipe(tmp_path, steps=3))
+    lines = [line for line in read_metrics(folder) if "loss" in line]
+    assert all(1e8 < line["peak_memory"] < 1e10 and line["compile_s"] >= 0 for line in lines)
+    assert 0 < lines[-1]["mfu"] < 1
+    flops = lines[-1]["tokens_per_s"] * flops_per_token(tiny.MODEL, 32)
+    peak = devices.peak_flops(torch.device("cpu"), torch.float32)
+    assert lines[-1]["mfu"] == pytest.approx(flops / peak)
+    assert "GiB" in capsys.readouterr().out
+
+
+def test_a_first_step_waits_for_no_writer_and_the_compilers_programs_are_kept(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, tiny; from pathlib import Path; from modalities import dist, loop\n"
+        "with dist.setup() as world:\n"
+        f"    run, state = loop.build(tiny.recipe(Path({str(tmp_path)!r})), world)\n"
+        "    run.train_step(state, run.data.batch(0))\n"
+        "print(os.environ['TORCHINDUCTOR_CACHE_DIR'], *sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "XDG_CACHE_HOME": str(tmp_path)}
+    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    place, *loaded = done.stdout.split()
+    assert place == f"{tmp_path}/modalities/inductor" and "modalities.checkpoint" in loaded
+    assert not [name for name in loaded if name.startswith(("torch.distributed.checkpoint", "tensorboard"))]

@@ -199,7 +199,7 @@ def test_only_the_plain_form_has_all_logits() -> None:
     with Largest() as plain:
         linear_cross_entropy(hidden_ND, weight_VD, targets_N, config("plain"), 1000)
     with Largest() as chunked:  # which the operator would hide
-        loss._in_chunks(hidden_ND, weight_VD, targets_N, torch.ones(()), 0.0, 0.0, 0.0, 1000, 32, True, False)
+        loss._in_chunks(hidden_ND, weight_VD, targets_N, torch.ones(()), 0.0, 0.0, 0.0, 1000, 0, "", 32, True, False)
     assert (plain.numel, chunked.numel) == (512 * 1000, 32 * 1000)
 
 

@@ -299,8 +299,8 @@ def test_tokens_and_steps_are_the_same_schedule(schedule: ScheduleConfig) -> Non
         gamma=schedule.gamma,
     )
     for step in range(TOTAL):
-        by_steps = learning_rate(OptimConfig(lr=3e-4, schedule=schedule), step, TOTAL, per_step)
-        by_tokens = learning_rate(OptimConfig(lr=3e-4, schedule=in_tokens), step, TOTAL, per_step)
+        by_steps = learning_rate(OptimConfig(lr=3e-4, schedule=schedule), step, TOTAL, lambda n: n * per_step)
+        by_tokens = learning_rate(OptimConfig(lr=3e-4, schedule=in_tokens), step, TOTAL, lambda n: n * per_step)
         assert by_tokens == pytest.approx(by_steps, rel=1e-12)
         assert by_steps == 3e-4 * lr_multiple(schedule, step, 1, TOTAL)
 
@@ -309,7 +309,7 @@ def test_tokens_and_steps_are_the_same_schedule(schedule: ScheduleConfig) -> Non
 def test_a_warmup_in_tokens_need_not_be_whole_steps(warmup: int) -> None:
     schedule = ScheduleConfig(kind="cosine", unit="tokens", warmup=warmup)
     config = OptimConfig(lr=1.0, schedule=schedule)
-    rates = [learning_rate(config, step, 50, 1000) for step in range(50)]
+    rates = [learning_rate(config, step, 50, lambda n: n * 1000) for step in range(50)]
     rising = [min(1.0, 1000 * (step + 1) / warmup) for step in range(6)]
     assert rates[:6] == pytest.approx(rising, abs=0.03)  # the decay has begun
     assert all(0 < rate <= 1 for rate in rates)
@@ -332,5 +332,5 @@ def test_without_a_warmup_the_first_step_is_at_the_peak(kind: Any) -> None:
 
 def test_the_first_and_the_last_line_of_a_logged_run() -> None:
     config = OptimConfig(lr=2e-3, schedule=ScheduleConfig(kind="linear", warmup=4, final=0.0))
-    rates = [learning_rate(config, step, 8, 999) for step in range(8)]
+    rates = [learning_rate(config, step, 8, lambda n: n * 999) for step in range(8)]
     assert rates == pytest.approx([5e-4, 1e-3, 1.5e-3, 2e-3, 2e-3, 1.5e-3, 1e-3, 5e-4], rel=1e-12)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -116,6 +117,7 @@ def test_large_recipes_are_described_without_their_weights(name: str, tmp_path: 
     text = describe(recipe, ranks)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 * 2**10  # KiB
     micro, seq_len = recipe.parallel.micro_batch, recipe.data.seq_len
+    assert micro != "auto"
     assert f"parameters       {params:,}\n" in text and "memory per rank  about " in text
     assert f"({tokens_per_step // ranks // micro // seq_len}, {micro}, {seq_len}) a rank" in text
 
@@ -157,9 +159,68 @@ def test_the_largest_is_dry_run_on_the_command_line(tmp_path: Path) -> None:
 
 
 def test_memory_is_shared_among_ranks_but_for_activations(tmp_path: Path) -> None:
-    one, four = (memory_per_rank(tiny.recipe(tmp_path), ranks) for ranks in (1, 4))
-    assert one["optimizer"] == 8 * num_params(tiny.MODEL) == 4 * four["optimizer"]
-    assert one["activations"] == four["activations"]
+    one, two, four = (memory_per_rank(tiny.recipe(tmp_path), ranks) for ranks in (1, 2, 4))
+    assert one["optimizer"] == 8 * num_params(tiny.MODEL) == 2 * two["optimizer"] == 4 * four["optimizer"]
+    assert two["activations"] == four["activations"] > 0
+    replicated = tiny.recipe(tmp_path)
+    replicated = replace(replicated, parallel=replace(replicated.parallel, replicate=2))
+    assert memory_per_rank(replicated, 4)["optimizer"] == two["optimizer"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "part", "sign"),
+    [
+        ({"activation_checkpointing": "full"}, "activations", -1),
+        ({"micro_batch": 4}, "activations", 1),
+        ({"sync_gradients": "last"}, "gradients", 1),
+        ({"reshard_after_forward": False}, "parameters", 1),
+        ({"param_dtype": "bfloat16"}, "activations", -1),
+        ({"tensor": 2}, "activations", -1),
+    ],
+)
+def test_each_knob_moves_the_memory_that_it_is_for(
+    changes: dict[str, Any], part: str, sign: int, tmp_path: Path
+) -> None:
+    recipe = tiny.recipe(tmp_path, model=replace(tiny.MODEL, num_layers=4))
+    before, after = (
+        memory_per_rank(replace(recipe, parallel=replace(recipe.parallel, **fields)), 2)[part]
+        for fields in ({}, changes)
+    )
+    assert sign * (after - before) > 0
+
+
+def test_a_dry_run_with_a_searched_micro_batch_is_of_one_sequence(tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path)
+    auto, one = (replace(recipe, parallel=replace(recipe.parallel, micro_batch=size)) for size in ("auto", 1))
+    assert memory_per_rank(auto, 2) == memory_per_rank(one, 2)
+    text = describe(auto, ranks=2)
+    assert "parallel.micro_batch auto is searched when training starts: here with 1" in text
+    assert "(4, 1, 32) a rank" in text
+
+
+def test_every_size_of_a_ramp_must_be_cut_evenly(tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path)
+    ramped = replace(recipe, data=replace(recipe.data, ramp=((1000, 16), (2000, 20))))
+    check_ranks(ramped, 2)
+    with pytest.raises(
+        ValueError, match=r"data.ramp's 20 is not divisible by 4 rank\(s\) × parallel.micro_batch 2 = 8"
+    ):
+        check_ranks(ramped, 4)
+    auto = replace(recipe, parallel=replace(recipe.parallel, micro_batch="auto"))
+    with pytest.raises(ValueError, match=r"data.global_batch 8 is not divisible by 3 rank\(s\); change"):
+        check_ranks(auto, 3)
+    # Ranks of one tensor-parallel group read the same part of the batch.
+    check_ranks(replace(recipe, parallel=replace(recipe.parallel, tensor=2)), 8)
+
+
+def test_tokens_of_a_run_with_a_ramp(tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path)
+    ramped = replace(recipe, steps=10, data=replace(recipe.data, ramp=((1000, 16),)))  # 1,000 tokens: 31.25 sequences
+    assert ramped.tokens_after(4) == 4 * 256 and ramped.tokens_after(10) == 4 * 256 + 6 * 512
+    assert ramped.tokens_of_steps == "256 to 512" and recipe.tokens_of_steps == "256"
+    decay = ScheduleConfig(kind="wsd", unit="tokens", warmup=1000, decay=3100)
+    with pytest.raises(ValueError, match="warmup 1000 and decay 3100 do not fit into the run's 4096 tokens"):
+        replace(ramped, optim=replace(recipe.optim, schedule=decay))
 
 
 def test_a_recipe_with_stages_is_loaded_overridden_and_written(tmp_path: Path) -> None:

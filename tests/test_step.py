@@ -195,7 +195,9 @@ def same_on_ranks(config: ModelConfig, compile: bool) -> None:
     expected, (loss, aux) = step.grad_and_value(plain, sharded=False, compile=False)(initial(config), with_count(batch))
     with dist.setup() as world:
         model = build_skeleton(config)
-        fsdp.parallelize(model, world.mesh, fsdp.ParallelConfig(param_dtype="float32", compile=compile))
+        fsdp.parallelize(
+            model, world.mesh, fsdp.ParallelConfig(param_dtype="float32", compile="block" if compile else "off")
+        )
         params = fsdp.init_params(model, 0, world.device)
         loss_fn = step.make_loss_fn(model, torch.float32, True, 3, CHUNKED, compile_head=compile)
         mine = {k: v.chunk(world.size)[world.rank].unflatten(0, (2, -1)) for k, v in batch.items()}

@@ -1,22 +1,28 @@
 """The real command line, end to end, in a folder of its own: prep.py, train.py, torchrun, generate."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
-from test_loop import assert_same_weights, losses
+from test_loop import assert_same_weights, losses, weights
 
+from modalities import loop
+from modalities.log import read_metrics
+from modalities.optim import ScheduleConfig
 from modalities.pbin import open_pbin
 
 ROOT = Path(__file__).parents[1]
 # Small enough for a test, whole in every part: the recipe is `demo` with these overrides.
 SMALL_MODEL = ["--model.num-layers=2", "--model.width=64", "--model.num-heads=4", "--model.max-seq-len=64"]
-SMALL_RUN = ["--data.seq-len=64", "--data.global-batch=4", "--parallel.micro-batch=2", "--parallel.no-compile"]
+SMALL_RUN = ["--data.seq-len=64", "--data.global-batch=4", "--parallel.micro-batch=2", "--parallel.compile=off"]
 SMALL_RUN += ["--parallel.param-dtype=float32", "--eval.samples=8", "--eval.every=10", "--sample.num-tokens=8"]
 SMALL_RUN += ["--sample.every=10", "--checkpoint.every=10", "--log.every=1", "--optim.schedule.warmup=5"]
 SMALL = SMALL_MODEL + SMALL_RUN
@@ -153,7 +159,7 @@ def test_gpt2_60m_whole_on_one_and_two_ranks(here: Path) -> None:
 
 def same_losses(args: tuple[str, ...], here: Path) -> None:
     args += ("--data.global-batch", "4", "--parallel.micro-batch", "2", "--log.every", "1", "--data.val")
-    args += ("--parallel.param-dtype", "float32", "--parallel.no-compile", "--checkpoint.every", "0")
+    args += ("--parallel.param-dtype", "float32", "--parallel.compile=off", "--checkpoint.every", "0")
     train(*args, "--name", "one", cwd=here)
     train(*args, "--name", "two", cwd=here, ranks=2)
     one, two = losses(here / "runs/one"), losses(here / "runs/two")
@@ -172,7 +178,7 @@ def test_two_sources_in_packed_documents(here: Path) -> None:
 
 
 def test_compiled_ranks_train(here: Path) -> None:
-    train("--recipe", "demo", "--steps", "10", *SMALL, "--parallel.compile", "--parallel.param-dtype", "bfloat16",
+    train("--recipe", "demo", "--steps", "10", *SMALL, "--parallel.compile=model", "--parallel.param-dtype", "bfloat16",
           cwd=here, ranks=2)  # fmt: skip
     eager = SMALL + ["--parallel.param-dtype", "bfloat16", "--name", "eager"]
     train("--recipe", "demo", "--steps", "10", *eager, cwd=here)
@@ -182,7 +188,7 @@ def test_compiled_ranks_train(here: Path) -> None:
 
 def test_without_a_compiler_it_trains_all_the_same(here: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": "", "CXX": ""}
-    args = ["--recipe", "demo", "--steps", "2", *SMALL, "--parallel.compile"]
+    args = ["--recipe", "demo", "--steps", "2", *SMALL, "--parallel.compile=model"]
     done = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), *args], cwd=here, env=environment, capture_output=True, text=True
     )
@@ -274,3 +280,31 @@ def assert_same_weights_at(here: Path, step: int) -> None:
     for run in ("demo", "straight"):
         shutil.copytree(here / "runs" / run / f"step-{step:08}", here / "compare" / run / "step-00000020")
     assert_same_weights(here / "compare/demo", here / "compare/straight")
+
+
+def test_a_ramp_resumed_in_the_middle_is_the_same_run(tmp_path: Path) -> None:
+    """Batches of 4 up to 384 tokens (12 sequences), of 8 up to 1,000, then of 16."""
+    base = tiny.recipe(tmp_path)
+    recipe = replace(
+        base,
+        steps=10,
+        data=replace(base.data, global_batch=4, ramp=((384, 8), (1000, 16))),
+        optim=replace(base.optim, schedule=ScheduleConfig(kind="cosine", unit="tokens", warmup=500)),
+        checkpoint=replace(base.checkpoint, every=5),
+        eval=replace(base.eval, every=0),
+    )
+    straight = loop.train(recipe)
+    lines = [line for line in read_metrics(straight) if "loss" in line]
+    assert [line["samples"] for line in lines] == [4, 8, 12, 20, 28, 36, 52, 68, 84, 100]
+    assert [line["tokens"] for line in lines] == [32 * line["samples"] for line in lines]
+    rates = [line["lr"] for line in lines]
+    assert rates[:3] == pytest.approx([1e-2 * n * 128 / 500 for n in (1, 2, 3)])
+    # The step that starts at `samples` and the last, whose decay is not over.
+    after = [(32 * line["samples"] - 500) / (3200 - 500) for line in lines[3:-1]]
+    assert rates[4:] == pytest.approx([1e-3 + 9e-3 * 0.5 * (1 + math.cos(math.pi * part)) for part in after])
+
+    shutil.copytree(straight, tmp_path / "runs/resumed", ignore=shutil.ignore_patterns("step-00000010"))
+    loop.train(replace(recipe, name="resumed"))
+    assert losses(tmp_path / "runs/resumed") == losses(straight)
+    first, second = weights(straight, 10), weights(tmp_path / "runs/resumed", 10)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)

@@ -62,7 +62,7 @@ def recipe(folder: Path, **changes: Any) -> Recipe:
             global_batch=8,
         ),
         optim=OptimConfig(lr=1e-2, schedule=ScheduleConfig(warmup=3)),
-        parallel=ParallelConfig(micro_batch=2, param_dtype="float32", compile=False),
+        parallel=ParallelConfig(micro_batch=2, param_dtype="float32", compile="off"),
         eval=EvalConfig(every=10, samples=7),
         sample=SampleConfig(every=0),
         checkpoint=CheckpointConfig(every=10),

@@ -1,0 +1,131 @@
+"""What a device can do at most, and how much memory a process has taken of it."""
+
+import itertools
+import json
+import os
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from modalities.compiling import user_cache
+
+if sys.platform != "win32":
+    import resource
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device after its maker's data sheet, at full power."""
+
+    flops: float
+    """Dense bf16 FLOP/s with fp32 sums; where a sheet gives the figure with sparsity, half of it."""
+    memory: float
+    """Bytes."""
+    bandwidth: float
+    """Of that memory [bytes/s]."""
+    source: str
+
+
+# By what torch.cuda.get_device_name() contains; the first that fits holds.
+DEVICES = {
+    "A100-SXM4-40GB": Device(312e12, 40e9, 1.555e12, "NVIDIA A100 datasheet, June 2021"),
+    "A100-PCIE-40GB": Device(312e12, 40e9, 1.555e12, "NVIDIA A100 datasheet, June 2021"),
+    "A100 80GB PCIe": Device(312e12, 80e9, 1.935e12, "NVIDIA A100 datasheet, June 2021"),
+    "A100": Device(312e12, 80e9, 2.039e12, "NVIDIA A100 datasheet, June 2021: SXM, 80 GB"),
+    "H100 PCIe": Device(756e12, 80e9, 2.0e12, "NVIDIA H100 PCIe product brief, November 2022"),
+    "H100 NVL": Device(835e12, 94e9, 3.9e12, "NVIDIA H100 datasheet, 2024: NVL"),
+    "H100": Device(989e12, 80e9, 3.35e12, "NVIDIA H100 datasheet, 2024: SXM"),
+    "H200 NVL": Device(836e12, 141e9, 4.8e12, "NVIDIA H200 datasheet, 2024: NVL"),
+    "H200": Device(989e12, 141e9, 4.8e12, "NVIDIA H200 datasheet, 2024: SXM"),
+    "B200": Device(2250e12, 180e9, 8.0e12, "NVIDIA DGX B200 datasheet, 2024: an eighth of the machine"),
+    "MI300X": Device(1307e12, 192e9, 5.3e12, "AMD Instinct MI300X datasheet, 2023"),
+}
+
+
+def find(name: str) -> Device | None:
+    """The device that a driver calls `name`; None for one that is not in the table."""
+    return next((device for model, device in DEVICES.items() if model in name), None)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s that the share of the peak (MFU) is reckoned against.
+
+    Of a GPU in the table its bf16 figure, whatever `dtype` is computed in, as MFU is published; of any other device
+    what a matrix product in `dtype` reaches, which is measured once and kept in `devices.json` in the user's cache;
+    remove that file if the machine was busy then.
+    """
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    if device.type == "cuda" and (known := find(name)):
+        return known.flops
+    key = f"{name}, {torch.get_num_threads()} threads, {dtype}".replace("torch.", "")
+    path = user_cache() / "devices.json"
+    measured = read_json(path)
+    if key not in measured:
+        measured[key] = measured_flops(device, dtype)
+        write_json(path, measured)
+    return measured[key]
+
+
+def measured_flops(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """The most FLOP/s that a square matrix product reaches within `seconds`, each taken by itself."""
+    # The best size differs between processors, for it is what their caches hold.
+    sizes = (1024, 1536) if device.type == "cpu" else (4096, 8192)
+    pairs = [torch.ones(2, size, size, device=device, dtype=dtype) for size in sizes]
+    best, end = 0.0, time.perf_counter() + seconds
+    for a, b in itertools.cycle(pairs):
+        start = time.perf_counter()
+        torch.mm(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        # The best and not the mean: other work on the machine only ever takes away.
+        best = max(best, 2 * len(a) ** 3 / (time.perf_counter() - start))
+        if time.perf_counter() > end:
+            break
+    return best
+
+
+def processor() -> str:
+    """What the CPU is called."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has held: of a GPU's memory in tensors, or resident in the host's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        # Not getrusage, whose peak a process inherits from the one that started it.
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def read_json(path: Path) -> dict[str, float]:
+    """What was measured before; nothing where there is no such file, or not a whole one."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def write_json(path: Path, values: dict[str, float]) -> None:
+    """Write `values` beside `path` and rename: several runs may start at once."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_suffix(f".{os.getpid()}")
+        beside.write_text(json.dumps(values, indent=2) + "\n")
+        beside.replace(path)
+    except OSError:  # no home to write to: it is measured anew each time
+        return
