@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-
 # The compiler's own limits to what it computes anew in a backward pass, although it could; in all it spares products,
 # attention and reductions.
 LIMITS = {"ban_recompute_used_far_apart", "ban_recompute_long_fusible_chains", "ban_recompute_materialized_backward"}

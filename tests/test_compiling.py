@@ -84,3 +84,22 @@ def test_the_place_of_programs_is_the_users_cache_unless_another_is_chosen(tmp_p
 def test_that_nothing_was_compiled_is_told_without_loading_the_compiler() -> None:
     code = "import sys; from modalities.compiling import compile_seconds; print(compile_seconds(), "
     assert python(code + "'torch._dynamo.utils' in sys.modules)") == "0.0 False"
+
+
+@tiny.needs_compiler
+def test_a_program_that_recomputes_keeps_less_and_has_the_same_gradient() -> None:
+    weights = [torch.randn(32, 32, generator=torch.Generator().manual_seed(i)) / 4 for i in range(8)]
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(9)).requires_grad_()
+
+    def layers(x: Tensor) -> Tensor:
+        for gate, up in zip(weights[::2], weights[1::2], strict=True):
+            x = x + torch.nn.functional.silu(x @ gate) * (torch.nn.functional.rms_norm(x, (32,)) @ up)
+        return x.square().sum()
+
+    kept, grads = [], []
+    for recompute in (False, True):
+        out = compiled(layers, recompute=recompute)(x)
+        kept.append(sum(tensor.nbytes for tensor in out.grad_fn.saved_tensors))
+        grads.append(torch.autograd.grad(out, x)[0])
+    assert kept[1] < 0.9 * kept[0], kept
+    torch.testing.assert_close(grads[1], grads[0])
