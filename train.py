@@ -11,7 +11,7 @@ def main(argv: list[str]) -> None:
     launcher.add_argument("--recipe")
     launcher.add_argument("--model-from", type=Path)
     launcher.add_argument("--dry-run", action="store_true")
-    launcher.add_argument("--profile", nargs="?", const="10-12")
+    launcher.add_argument("--profile", nargs="?", const="")
     try:
         chosen, overrides = launcher.parse_known_args(argv)
     except argparse.ArgumentError as error:
@@ -38,12 +38,9 @@ def main(argv: list[str]) -> None:
         recipes.dry_run(recipe)
         return
 
-    from modalities import profiling
     from modalities.loop import train
 
-    steps = profiling.parse_steps(chosen.profile) if chosen.profile else None
-    profiling.check_steps(steps, 0, recipe.steps)
-    train(recipe, source, steps)
+    train(recipe, source, chosen.profile)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config
 
 # The compiler's own limits to what it computes anew in a backward pass, although it could; in all it spares products,
 # attention and reductions.
@@ -29,6 +30,9 @@ def compiled(function: Callable[..., Any], mode: str = "default", recompute: boo
         function.__closure__,
     )  # fmt: skip
     own.__kwdefaults__ = function.__kwdefaults__
+    # Or a step with the chunked loss would be traced anew at each start, for it has an autograd.Function.
+    if hasattr(torch._functorch.config, "autograd_cache_allow_custom_autograd_functions"):
+        torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
     program = torch.compile(own, fullgraph=True, dynamic=False, mode=mode)
     if not recompute:
         return program

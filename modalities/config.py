@@ -1,5 +1,6 @@
 """Frozen dataclasses to JSON and back, with errors that name the field. It knows no particular config."""
 
+import contextlib
 import dataclasses
 import functools
 import sys
@@ -47,10 +48,11 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return from_dict(hint, value, where)  # type: ignore[arg-type]
     if origin in (Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        return _typed(next(a for a in args if a is not type(None)), value, where)
-    if origin is Literal and value in args:
+        # The value's own type comes first, for an int would do for a float too.
+        for member in sorted(args, key=lambda member: member is not type(value)):
+            with contextlib.suppress(ValueError):
+                return _typed(member, value, where)
+    if origin is Literal and any(type(value) is type(choice) and value == choice for choice in args):
         return value
     if origin is tuple and isinstance(value, list):
         hints = [args[0]] * len(value) if args[1:] == (...,) else args
@@ -65,7 +67,16 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
     found = printable(repr(value))
     if origin is Literal:
         raise ValueError(f"{where} is {found}, but should be one of {', '.join(map(repr, args))}")
-    raise ValueError(f"{where} is {found}, but should be {hint.__name__ if origin is None else hint}")
+    raise ValueError(f"{where} is {found}, but should be {_in_words(hint)}")
+
+
+def _in_words(hint: Any) -> str:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(_in_words, args))
+    if origin is Literal:
+        return " or ".join(map(repr, args))
+    return hint.__name__ if origin is None else str(hint)
 
 
 def printable(text: str) -> str:

@@ -1,11 +1,15 @@
-"""What a device can do at most, and how much memory a process has taken of it."""
+"""What a device can do at most, how much memory a process has taken of it, and how much there is left to take."""
 
+import contextlib
 import itertools
 import json
 import os
 import platform
+import re
+import secrets
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +17,10 @@ import torch
 
 from modalities.compiling import user_cache
 
-if sys.platform != "win32":
+try:
     import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,7 @@ class Device:
     source: str
 
 
-# By what torch.cuda.get_device_name() contains; the first that fits holds.
+# By the whole words that torch.cuda.get_device_name() contains; the first that fits holds.
 DEVICES = {
     "A100-SXM4-40GB": Device(312e12, 40e9, 1.555e12, "NVIDIA A100 datasheet, June 2021"),
     "A100-PCIE-40GB": Device(312e12, 40e9, 1.555e12, "NVIDIA A100 datasheet, June 2021"),
@@ -48,7 +54,8 @@ DEVICES = {
 
 def find(name: str) -> Device | None:
     """The device that a driver calls `name`; None for one that is not in the table."""
-    return next((device for model, device in DEVICES.items() if model in name), None)
+    # Whole words: an RTX A1000 is no A100, and a GB200 has other figures than a B200.
+    return next((device for model, device in DEVICES.items() if re.search(rf"\b{re.escape(model)}\b", name)), None)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -111,6 +118,65 @@ def peak_memory(device: torch.device) -> int:
         return peak if sys.platform == "darwin" else 1024 * peak
 
 
+def available(device: torch.device, ranks_here: int = 1) -> float:
+    """Bytes that this process may still take: of its GPU's memory, or its part of what is left of the host's.
+
+    On Linux that is the least of what the kernel says is available, and what control groups and RLIMIT_AS leave.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(*(limit / ranks_here for limit in host_limits()), process_limit())
+
+
+def host_limits(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> Iterator[float]:
+    """What is left for all processes together, as far as the system tells; `groups`: where control groups lie."""
+    meminfo = proc / "meminfo"
+    if meminfo.exists():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        yield 1024 * int(lines["MemAvailable"].split()[0])
+    own = proc / "self/cgroup"
+    for line in own.read_text().splitlines() if own.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:  # version 2
+            yield from group_limits(groups, path, "memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            files = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+            yield from group_limits(groups / "memory", path, *files)
+    yield float("inf")
+
+
+def group_limits(root: Path, path: str, limit: str, used: str, cache: str) -> Iterator[float]:
+    """What the control group `path` and those that it lies in leave; in a container it may itself be the root."""
+    group = root / path.lstrip("/")
+    for folder in (group, *group.parents):
+        files = [folder / name for name in (limit, used, "memory.stat")]
+        if not folder.is_relative_to(root) or not all(file.exists() for file in files):
+            continue
+        most, now, stat = (file.read_text() for file in files)
+        if most.strip() != "max":
+            # Files that were read and are no longer in use count as used, but make room before memory is refused.
+            idle = dict(line.split() for line in stat.splitlines()).get(cache, 0)
+            yield int(most) - int(now) + int(idle)
+
+
+def process_limit() -> float:
+    """What RLIMIT_AS leaves to this process."""
+    if resource is None or (soft := resource.getrlimit(resource.RLIMIT_AS)[0]) == resource.RLIM_INFINITY:
+        return float("inf")
+    pages = Path("/proc/self/statm").read_text().split()[0]
+    return soft - int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def reset_peak_of_process() -> int:
+    """Let Linux forget the most that was resident so far; bytes that are now."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:  # the peak of all time then counts, which is more
+        return 0
+
+
 def read_json(path: Path) -> dict[str, float]:
     """What was measured before; nothing where there is no such file, or not a whole one."""
     try:
@@ -121,11 +187,12 @@ def read_json(path: Path) -> dict[str, float]:
 
 
 def write_json(path: Path, values: dict[str, float]) -> None:
-    """Write `values` beside `path` and rename: several runs may start at once."""
-    try:
+    """Write `values` beside `path` and rename: several runs may start at once, on nodes that share a home."""
+    beside = path.with_suffix(f".{os.getpid()}.{secrets.token_hex(4)}")
+    with contextlib.suppress(OSError):  # no home to write to: it is measured anew each time
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(f".{os.getpid()}")
-        beside.write_text(json.dumps(values, indent=2) + "\n")
-        beside.replace(path)
-    except OSError:  # no home to write to: it is measured anew each time
-        return
+        try:
+            beside.write_text(json.dumps(values, indent=2) + "\n")
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)

@@ -108,7 +108,7 @@ def make_decoder(model: Transformer, params: Params, dtype: torch.dtype, device:
         return model.logits(hidden_BTD[:, -1], weight_VD).float()
 
     if is_split(model):  # its ranks would have to divide the length of every text
-        weights = {name: whole(p.detach().to(dtype)) for name, p in params.items()}
+        weights = {name: whole(p.detach().to(device, dtype)) for name, p in params.items()}
     elif isinstance(model, FSDPModule):
         forward = torch.no_grad()(partial(apply, model, weights, train=False, head=last))
         # Every length is a shape of its own, so compiled code would be compiled again and again.

@@ -56,7 +56,7 @@ class Progress:
     asynchronous: bool
     """Whether the device computes while the host goes on: then metrics are read one step late."""
     gauges: Callable[[], dict[str, float]] = dict
-    """Read for each line: `peak_memory` of this rank [bytes], `compile_s` spent in torch.compile so far [s]."""
+    """Read for each line: `peak_memory` of this rank [bytes], `compile_s` that the run spent in torch.compile [s]."""
 
     samples_after: Callable[[int], int] | None = None
     """Sequences that so many steps consume, where the global batch changes in a run."""

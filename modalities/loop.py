@@ -8,7 +8,7 @@ import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -37,6 +37,9 @@ from modalities.pbin import write_beside
 from modalities.recipe import Recipe, check_ranks, check_start, from_json
 from modalities.rng import fold
 from modalities.step import TrainState
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 # A run's folder belongs to one recipe. These fields may differ when it is continued: they change nothing that is
 # computed but the order of roundings, and the random numbers of dropout.
@@ -68,21 +71,23 @@ class Run:
             next(iter(batches))
 
 
-def train(recipe: Recipe, source: Path | None = None, profile: range | None = None) -> Path:
+def train(recipe: Recipe, source: Path | None = None, profile: str | None = None) -> Path:
     """Train `recipe` to its end, from the newest checkpoint of its run if there is one; returns the run's folder.
 
-    `source`: the file that the recipe came from, kept beside it. `profile`: the steps to profile.
+    `source`: the file that the recipe came from, kept beside it. `profile`: the steps to profile, as in "10-12"; empty:
+    three that are soon to come.
     """
     parallel = recipe.parallel
     with (
         dist.setup(parallel.replicate, parallel.shard, parallel.tensor) as world,
         memory.running_out_is_explained(parallel.micro_batch),
     ):
-        run, state, saved = start(recipe, source, world)
-        profiling.check_steps(profile, state.step, recipe.steps)
+        saved, done = find_checkpoint(recipe, world)
+        steps = profiling.choose_steps(profile, done, recipe.steps)
+        run, state = start(recipe, source, world, saved)
         with (
             contextlib.closing(open_log(recipe, world, run, state)) as out,
-            profiling.watching(profile, recipe.folder / "profile", world.rank, world.device, out.say) as watch,
+            profiling.watching(steps, recipe.folder / "profile", world.rank, world.device, out.say, out.aside) as watch,
             garbage_collected_together() as collect,
         ):
             if state.step == 0 and recipe.eval.every:
@@ -139,19 +144,27 @@ def garbage_collected_together(every: int = 50) -> Iterator[Callable[[int], None
             gc.enable()
 
 
-def start(recipe: Recipe, source: Path | None, world: dist.World) -> tuple[Run, TrainState, Path | None]:
-    """The run's functions, its state from the newest checkpoint or anew, and that checkpoint; its folder described.
+def find_checkpoint(recipe: Recipe, world: dist.World) -> tuple[Path | None, int]:
+    """The newest checkpoint of the recipe's run, if there is one, and the steps that are done.
 
-    Whatever a user can have got wrong shows here, on all ranks, before the folder is touched.
+    A ValueError if the recipe does not fit the ranks, or the folder is another's.
     """
     with dist.all_or_none():
         check_ranks(recipe, world.size)
         check_folder(recipe)
+        newest = checkpoint.newest(recipe.folder) if world.is_main else None
+    newest = dist.broadcast_from_main(newest)
+    return newest, int(newest.name.removeprefix("step-")) if newest else 0
+
+
+def start(recipe: Recipe, source: Path | None, world: dist.World, newest: Path | None) -> tuple[Run, TrainState]:
+    """The run's functions, and its state from its `newest` checkpoint or anew; its folder described.
+
+    Whatever a user can have got wrong shows here, on all ranks, before the folder is touched.
+    """
     chosen = search.resolve(recipe, world, build)
     with dist.all_or_none():
         run, state = build(chosen, world)
-        newest = checkpoint.newest(recipe.folder) if world.is_main else None
-    newest = dist.broadcast_from_main(newest)
     if newest:
         state = checkpoint.restore(newest, state)
     elif recipe.model_from:
@@ -168,16 +181,20 @@ def start(recipe: Recipe, source: Path | None, world: dist.World) -> tuple[Run, 
     hosts = dist.gather_objects(socket.gethostname())
     if world.is_main:
         describe_folder(recipe, source, {"hosts": hosts})
-    return run, state, newest
+    return run, state
 
 
 def build(recipe: Recipe, world: dist.World) -> tuple[Run, TrainState]:
     """The run's functions and its initial state: skeleton → parallelize → initial weights → functions of them."""
-    sharded = world.mesh is not None
-    attention.choose(recipe.model.attention, world.device)
+    sharded, vocab_size, micro_batch = world.mesh is not None, recipe.model.vocab_size, recipe.parallel.micro_batch
+    assert micro_batch != "auto"
+    # Where one rank alone lacks a file, the others must not go on: `parallelize` makes groups of all ranks.
+    with dist.all_or_none():
+        attention.choose(recipe.model.attention, world.device)
+        data = TrainData(recipe.data, vocab_size, recipe.seed, micro_batch, world)
+        val = open_val(recipe.data, vocab_size, recipe.eval.samples, micro_batch, world)
+        tokenizer = open_tokenizer(recipe)
     parallel, model = fsdp.without_missing_compiler(recipe.parallel, world.device), build_skeleton(recipe.model)
-    assert parallel.micro_batch != "auto"
-    data = TrainData(recipe.data, recipe.model.vocab_size, recipe.seed, parallel.micro_batch, world)
     optimizer = optim.adamw(recipe.optim, [name for name, _ in model.named_parameters()])
     fsdp.parallelize(model, world.mesh, parallel)
     params = fsdp.init_params(model, recipe.seed, world.device, parallel.cpu_offload)
@@ -200,12 +217,6 @@ def build(recipe: Recipe, world: dist.World) -> tuple[Run, TrainState]:
     )
     eval_loss_fn = step.make_loss_fn(model, dtype, train=False, loss=recipe.loss, compile_head=by_block)
     eval_step = step.make_eval_step(eval_loss_fn, sharded, whole, mode, world.data_group)
-    val = open_val(recipe.data, recipe.model.vocab_size, recipe.eval.samples, parallel.micro_batch, world)
-    tokenizer = None
-    if recipe.sample.every and recipe.data.tokenizer:
-        kept = recipe.folder / "tokenizer.json"
-        path = kept if kept.is_file() else Path(recipe.data.tokenizer)
-        tokenizer = generate.load_tokenizer(path, recipe.model.vocab_size)
 
     def evaluate(params: optim.Params) -> dict[str, Tensor]:
         return {name: eval_step(params, batches) for name, batches in val.items()}
@@ -218,6 +229,14 @@ def build(recipe: Recipe, world: dist.World) -> tuple[Run, TrainState]:
         return generate.continue_text(decoder, tokenizer, recipe.data.eod, recipe.sample, recipe.data.seq_len, seed)
 
     return Run(data, train_step, val, evaluate, sample), TrainState(params, optimizer.init(params))
+
+
+def open_tokenizer(recipe: Recipe) -> "Tokenizer | None":
+    """The run's tokenizer, its folder's own if it has one; None where no text is sampled."""
+    if not (recipe.sample.every and recipe.data.tokenizer):
+        return None
+    kept = recipe.folder / "tokenizer.json"
+    return generate.load_tokenizer(kept if kept.is_file() else Path(recipe.data.tokenizer), recipe.model.vocab_size)
 
 
 def check_folder(recipe: Recipe) -> None:
@@ -265,7 +284,7 @@ def open_log(recipe: Recipe, world: dist.World, run: Run, state: TrainState) -> 
         peak_flops=world.size * devices.peak_flops(world.device, dtype) if world.is_main else None,
         asynchronous=world.device.type != "cpu",
         samples_after=recipe.data.samples_after,
-        gauges=functools.partial(gauges, world.device),
+        gauges=functools.partial(gauges, world.device, compile_seconds()),
     )
     out = log.Log(recipe.folder if world.is_main else None, recipe.log, progress, to_dict(recipe), state.step)
     compiling = "compiled (the first step takes long)" if recipe.parallel.compile != "off" else "not compiled"
@@ -284,9 +303,12 @@ def open_log(recipe: Recipe, world: dist.World, run: Run, state: TrainState) -> 
     return out
 
 
-def gauges(device: torch.device) -> dict[str, float]:
-    """What a line says of this rank beside the step's metrics: bytes held at most, seconds spent compiling."""
-    return {"peak_memory": devices.peak_memory(device), "compile_s": compile_seconds()}
+def gauges(device: torch.device, compiled_before: float) -> dict[str, float]:
+    """What a line says of this rank beside the step's metrics: bytes held at most, seconds spent compiling.
+
+    `compiled_before`: those that are not the run's own, as in the search of a micro-batch.
+    """
+    return {"peak_memory": devices.peak_memory(device), "compile_s": compile_seconds() - compiled_before}
 
 
 def summary(recipe: Recipe, saved: Path | None) -> str:

@@ -1,4 +1,4 @@
-"""What a rank's memory will hold at its fullest, foretold without using any; and what there is of it.
+"""What a rank's memory will hold at its fullest, foretold without using any.
 
 The step's own code runs forward and backward on tensors without memory. Where nothing is compiled, each tensor that it
 makes is counted from its birth to its death. Where it is compiled, the step is traced, and only what torch.compile
@@ -10,12 +10,10 @@ import contextlib
 import functools
 import itertools
 import operator
-import os
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -31,18 +29,9 @@ from modalities.optim import Params
 
 Parts = dict[str, float]
 """Bytes of parameters, gradients, optimizer, activations and logits."""
-TRACED_LAYERS = (2, 4)
-"""A model of more blocks is traced with so many; each further one adds as much as these did."""
-
-REMEDIES = (
-    "lower parallel.micro_batch (or auto), set parallel.activation_checkpointing full, loss.implementation chunked, "
-    "take more ranks, or on GPUs parallel.cpu_offload"
-)
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
+TRACED_LAYERS = (4, 6)
+"""A model of more blocks is traced with so many, of which each further one adds as much as these did. With fewer memory
+may be fullest elsewhere."""
 
 
 class Event(NamedTuple):
@@ -68,7 +57,8 @@ def per_rank(
 
     `accumulated`: micro-batches of a step. `shards`: ranks that share the weights by sharding and `parallel.tensor`.
     `sharded`: whether FSDP2 is at work, be it on one shard. Gradients are none where memory is fullest at the end of
-    the forward pass. Libraries, compiled code and what an allocator leaves unused between tensors come on top.
+    the forward pass. For "selective" in one program this is a guess at the compiler's choice, and may be a sixth low.
+    Libraries, compiled code and what an allocator leaves unused between tensors come on top.
     """
     master = 4 * num_params(model) / shards
     fullest = parts_of_model(model, parallel, loss, micro_batch, seq_len, sharded, device_type)
@@ -148,16 +138,17 @@ def parts_of_model(
     """The PARTS of what one micro-batch's gradients need beyond the parameters."""
     of_layers = functools.partial(parts_of_step, model, parallel, loss, micro_batch, seq_len, sharded, device_type)
     few, more = TRACED_LAYERS
-    if not is_traced(parallel) or model.num_layers <= more:
+    if not is_traced(parallel, sharded) or model.num_layers <= more:
         return of_layers(model.num_layers)
     small, large = of_layers(few), of_layers(more)
     extra = (model.num_layers - few) / (more - few)
     return {part: small[part] + (large[part] - small[part]) * extra for part in PARTS}
 
 
-def is_traced(parallel: ParallelConfig) -> bool:
-    # `selective` keeps a memory of its own that cannot be traced: what it would hold uncompiled is a little more.
-    return parallel.compile != "off" and parallel.activation_checkpointing != "selective"
+def is_traced(parallel: ParallelConfig, sharded: bool) -> bool:
+    # PyTorch's `selective` keeps a memory of its own that cannot be traced: uncompiled it would hold a little more.
+    by_pytorch = parallel.activation_checkpointing == "selective" and not parallel.compiles_whole(sharded)
+    return parallel.compile != "off" and not by_pytorch
 
 
 def parts_of_step(
@@ -185,14 +176,19 @@ def parts_of_step(
         grad_fn = gradient(skeleton, parallel, loss, sharded)
         part_of = functools.partial(part, params, micro_batch * seq_len * model.vocab_size)
         scratch = loss_scratch(model, parallel, loss, device_type)
-        if not is_traced(parallel):
+        if not is_traced(parallel, sharded):
             return largest(tracked(grad_fn, params, batch, part_of, scratch))
-        return largest(fused(grad_fn, params, batch, part_of, scratch, device_type == "cpu"))
+        anew = parallel.activation_checkpointing == "selective"
+        return largest(fused(grad_fn, params, batch, part_of, scratch, device_type == "cpu", anew))
 
 
 def gradient(skeleton: Transformer, parallel: ParallelConfig, loss: LossConfig, sharded: bool) -> step.GradFn:
     """The loop's gradient function of one process, uncompiled."""
-    fsdp.parallelize(skeleton, None, replace(parallel, compile="off"))
+    if is_traced(parallel, sharded) and parallel.activation_checkpointing == "selective":
+        changed = replace(parallel, activation_checkpointing="none")  # the compiler does it: see `recomputed`
+    else:
+        changed = parallel
+    fsdp.parallelize(skeleton, None, replace(changed, compile="off"))
     loss_fn = step.make_loss_fn(skeleton, parallel.compute_dtype, train=True, loss=loss)
     return step.grad_and_value(loss_fn, False, False, by_autograd=parallel.differentiates_by_autograd(sharded))
 
@@ -266,6 +262,19 @@ def tracked(
 
 # ------------------------------------------------------------------------------------------------------------- compiled
 
+
+class Value(NamedTuple):
+    """What is put into memory: the result of a node, as the forward pass computes it or once more for the backward."""
+
+    node: torch.fx.Node
+    again: bool = False
+
+
+class Write(NamedTuple):
+    value: Value
+    reads: set[Value]
+
+
 REDUCTIONS = {"sum", "mean", "amax", "amin", "var_mean"}
 PRODUCTS = {
     "mm", "addmm", "bmm", "baddbmm", "linear_cross_entropy", "embedding_dense_backward", "index_put",
@@ -286,29 +295,35 @@ def fused(
     part_of: Callable[[Tensor, bool], str],
     scratch: int,
     on_cpu: bool,
+    anew: bool,
 ) -> list[Event]:
-    """What `grad_fn` would allocate and free, in order, if torch.compile had made one program of it."""
+    """What `grad_fn` would allocate and free, in order, if torch.compile had made one program of it.
+
+    `anew`: a program that in its backward pass computes anew whatever it can fuse.
+    """
     from torch._inductor.decomposition import select_decomp_table
     from torch.fx.experimental.proxy_tensor import make_fx
 
     graph = make_fx(grad_fn, decomposition_table=select_decomp_table())(params, batch).graph
     nodes = list(graph.nodes)
     reads = memory_reads(nodes, on_cpu)
-    last_read = {node: i for i, reader in enumerate(nodes) if reader in reads for node in reads[reader]}
+    writes = recomputed(nodes, reads) if anew else [Write(Value(n), {Value(r) for r in reads[n]}) for n in reads]
+    last_read = {value: i for i, write in enumerate(writes) for value in write.reads}
     dying = defaultdict(list)
-    for node, i in last_read.items():
-        dying[i].append(node)
+    for value, i in last_read.items():
+        dying[i].append(value)
     events: list[Event] = []
-    born: dict[torch.fx.Node, Event] = {}
-    for i, node in enumerate(nodes):
+    born: dict[Value, Event] = {}
+    for i, (value, _) in enumerate(writes):
+        node = value.node
         dead = [Event(-born[d].size, born[d].key, born[d].part) for d in dying[i]]
-        if node.op == "call_function" and node in reads:
+        if node.op == "call_function":
             outs = tensors(node.meta["val"])
             is_cast = all(source.op == "placeholder" for source in node.all_input_nodes)
-            born[node] = Event(sum(out.nbytes for out in outs), i, part_of(outs[0], is_cast))
+            new = born[value] = Event(sum(out.nbytes for out in outs), i, part_of(outs[0], is_cast))
             # Element by element a result may take the place of what is read for the last time.
-            in_place = [e for e in dead if name_of(node) not in PRODUCTS and e.size == -born[node].size][:1]
-            events += [*in_place, born[node], *(e for e in dead if e not in in_place)]
+            in_place = [e for e in dead if name_of(node) not in PRODUCTS and e.size == -new.size][:1]
+            events += [*in_place, new, *(e for e in dead if e not in in_place)]
             if name_of(node) == "linear_cross_entropy":
                 events += [Event(scratch, -i - 1, "logits"), Event(-scratch, -i - 1, "logits")]
         else:
@@ -334,6 +349,37 @@ def memory_reads(nodes: list[torch.fx.Node], on_cpu: bool) -> dict[torch.fx.Node
     return {node: found for node, found in reads.items() if node in kept}
 
 
+def recomputed(nodes: list[torch.fx.Node], reads: dict[torch.fx.Node, set[torch.fx.Node]]) -> list[Write]:
+    """The writes where the backward pass computes anew what is neither a product nor a reduction of the forward's."""
+    forward = {nodes[-1].all_input_nodes[-1]}  # the loss, and then all that it is made from
+    for node in reversed(nodes):
+        if node in forward:
+            forward.update(node.all_input_nodes)
+    writes: list[Write] = []
+    again: set[torch.fx.Node] = set()
+
+    def for_backward(node: torch.fx.Node) -> Value:
+        # A weight in a smaller dtype is kept too: the compiler weighs it against the weight, as if that were not there.
+        is_cast = not reads[node]
+        if node not in forward or is_cast or name_of(node) in REDUCTIONS | PRODUCTS:
+            return Value(node)
+        if node not in again:
+            again.add(node)
+            writes.append(Write(Value(node, again=True), {for_backward(read) for read in reads[node]}))
+        return Value(node, again=True)
+
+    for node in reads:
+        writes.append(Write(Value(node), {Value(n) if node in forward else for_backward(n) for n in reads[node]}))
+    # What the forward pass does not read itself it does not put into memory.
+    needed = {Value(nodes[-1])}
+    kept = []
+    for write in reversed(writes):
+        if write.value in needed:
+            needed |= write.reads
+            kept.append(write)
+    return kept[::-1]
+
+
 def name_of(node: torch.fx.Node) -> str:
     """The operator's name without namespace and overload; empty for what is none."""
     schema = getattr(node.target, "_schema", None)
@@ -356,59 +402,21 @@ def is_read_by_product(node: torch.fx.Node) -> bool:
     )
 
 
-# -------------------------------------------------------------------------------------------------- what a machine has
-
-
-def available(device: torch.device, ranks_here: int = 1) -> float:
-    """Bytes that this process may still take: of its GPU's memory, or its part of what is left of the host's.
-
-    On Linux that is the least of what the kernel says is available, and what control groups and RLIMIT_AS leave.
-    """
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return min(*(limit / ranks_here for limit in host_limits()), process_limit())
-
-
-def host_limits() -> Iterator[float]:
-    """What is left for all processes together, as far as the system tells."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        yield 1024 * int(lines["MemAvailable"].split()[0])
-    group = Path("/sys/fs/cgroup")
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        if (group / limit).exists() and (value := (group / limit).read_text().strip()) != "max":
-            yield int(value) - int((group / used).read_text())
-    yield float("inf")
-
-
-def process_limit() -> float:
-    """What RLIMIT_AS leaves to this process."""
-    if resource is None or (soft := resource.getrlimit(resource.RLIMIT_AS)[0]) == resource.RLIM_INFINITY:
-        return float("inf")
-    pages = Path("/proc/self/statm").read_text().split()[0]
-    return soft - int(pages) * os.sysconf("SC_PAGE_SIZE")
-
-
-def reset_peak_of_process() -> int:
-    """Let Linux forget the most that was resident so far; bytes that are now."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:  # the peak of all time then counts, which is more
-        return 0
-
-
 # -------------------------------------------------------------------------------------------------- when there is none
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says so: a GPU's, the CPU's allocator's, or Python's."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def remedies(micro_batch: int | str) -> str:
+    """What can be done."""
+    lower = "" if micro_batch == 1 else "lower parallel.micro_batch (or auto), "
+    return (
+        f"{lower}set parallel.activation_checkpointing full, loss.implementation chunked, take more ranks, "
+        "or on GPUs parallel.cpu_offload"
+    )
 
 
 @contextlib.contextmanager
@@ -419,4 +427,4 @@ def running_out_is_explained(micro_batch: int | str) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise ValueError(f"out of memory with parallel.micro_batch {micro_batch}: {REMEDIES}") from error
+        raise ValueError(f"out of memory with parallel.micro_batch {micro_batch}: {remedies(micro_batch)}") from error

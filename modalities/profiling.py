@@ -52,25 +52,47 @@ def parse_steps(text: str) -> range:
     return range(first, last + 1)
 
 
-def check_steps(steps: range | None, done: int, total: int) -> None:
-    """Raise ValueError if a run of `total` steps that goes on after step `done` does not come by all of `steps`."""
-    if steps and not done < steps[0] <= steps[-1] <= total:
+def choose_steps(text: str | None, done: int, total: int) -> range | None:
+    """The steps that --profile `text` means in a run of `total` steps that goes on after step `done`; None without it.
+
+    Empty, it leaves the choice: three steps, when the run has warmed up if it is so long. A ValueError if the run does
+    not come by all of them.
+    """
+    if text is None:
+        return None
+    if done >= total:
+        raise ValueError(f"--profile: this run is already trained to its end, step {total}; give another --name")
+    last = min(done + 12, total)
+    steps = parse_steps(text) if text else range(max(done + 1, last - 2), last + 1)
+    if not done < steps[0] <= steps[-1] <= total:
         raise ValueError(
             f"--profile {steps[0]}-{steps[-1]}: this run has the steps {done + 1}-{total} before it; choose among them"
         )
+    return steps
 
 
 @contextlib.contextmanager
 def watching(
-    steps: range | None, folder: Path, rank: int, device: torch.device, say: Callable[[str], None]
+    steps: range | None, folder: Path, rank: int, device: torch.device, say: Callable[[str], None], aside: Watch
 ) -> Iterator[Watch]:
-    """`with watch(n):` around step n writes what happens in `steps` to `folder`, and says the table after the last."""
+    """`with watch(n):` around step n writes what happens in `steps` to `folder`, and says the table after the last.
+
+    It writes within `aside(n)`, for that takes time which is not the step's.
+    """
     if not steps:
         yield lambda step: contextlib.nullcontext()
         return
     on_gpu = device.type == "cuda"
     profiler = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])])
     name = f"steps-{steps[0]}-{steps[-1]}-rank-{rank}"
+
+    def write() -> None:
+        profiler.stop()
+        profiler.export_chrome_trace(str(folder / f"{name}.json"))
+        if on_gpu:
+            torch.cuda.memory._dump_snapshot(str(folder / f"{name}-memory.pickle"))
+            torch.cuda.memory._record_memory_history(enabled=None)
+        say(table(profiler.events(), steps, on_gpu) + f"\n    {folder}: traces of all ranks, for ui.perfetto.dev")
 
     @contextlib.contextmanager
     def watch(step: int) -> Iterator[None]:
@@ -87,12 +109,8 @@ def watching(
             if on_gpu:  # what a step started is to be counted in it
                 torch.cuda.synchronize(device)
         if step == steps[-1]:
-            profiler.stop()
-            profiler.export_chrome_trace(str(folder / f"{name}.json"))
-            if on_gpu:
-                torch.cuda.memory._dump_snapshot(str(folder / f"{name}-memory.pickle"))
-                torch.cuda.memory._record_memory_history(enabled=None)
-            say(table(profiler.events(), steps, on_gpu) + f"\n    {folder}: traces of all ranks, for ui.perfetto.dev")
+            with aside(step):
+                write()
 
     with names_in_compiled_code(not on_gpu):
         yield watch

@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ from modalities.checkpoint import CheckpointConfig
 from modalities.config import from_dict, to_dict
 from modalities.data import DataConfig, TrainData
 from modalities.dist import World, degrees
-from modalities.fsdp import ParallelConfig, check_split
+from modalities.fsdp import ParallelConfig, check_split, without_missing_compiler
 from modalities.generate import SampleConfig
 from modalities.log import LogConfig
 from modalities.loss import LossConfig
@@ -131,11 +132,19 @@ def load(name: str) -> tuple[Recipe, Path]:
 def from_json(path: Path) -> Recipe:
     """The recipe in a run's `recipe.json`; a ValueError names the file and the field."""
     try:
-        return from_dict(Recipe, json.loads(path.read_text()))
+        return from_dict(Recipe, as_written_today(json.loads(path.read_text())))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def as_written_today(values: Any) -> Any:
+    """What a recipe.json holds, where an earlier version wrote it otherwise."""
+    match values:
+        case {"parallel": {"compile": bool(on)}}:  # before it was said what is compiled
+            values["parallel"]["compile"] = "model" if on else "off"
+    return values
 
 
 def _from_python(path: Path) -> Recipe:
@@ -193,7 +202,7 @@ def parse(recipe: Recipe, args: Sequence[str], prog: str) -> Recipe:
 
 def memory_per_rank(recipe: Recipe, ranks: int, device_type: str = "cpu") -> memory.Parts:
     """The parts of a rank's memory at its fullest [bytes]; for a micro-batch of "auto" with one sequence."""
-    parallel, data = recipe.parallel, recipe.data
+    parallel, data = without_missing_compiler(recipe.parallel, torch.device(device_type)), recipe.data
     replicate, shard, tensor = degrees(ranks, parallel.replicate, parallel.shard, parallel.tensor)
     micro = 1 if parallel.micro_batch == "auto" else parallel.micro_batch
     return memory.per_rank(

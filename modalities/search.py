@@ -21,6 +21,7 @@ import torch
 from modalities import devices, dist, memory
 from modalities.compiling import user_cache
 from modalities.config import to_dict
+from modalities.fsdp import without_missing_compiler
 from modalities.loss import Batch
 from modalities.recipe import Recipe, memory_per_rank
 from modalities.step import TrainState, TrainStep
@@ -30,6 +31,8 @@ Build = Callable[[Recipe, dist.World], tuple[Any, TrainState]]
 
 FILL = 0.9
 """Share of the memory that may be in use at the fullest; the rest is for evaluation, samples and fragments."""
+FILL_OF_GPUS = 0.95
+"""The share that several GPUs may be foretold to use: where one alone ran out of memory, the others would wait."""
 STEPS = 3
 LONG = 10.0
 """A step that takes so long [s] is timed but once."""
@@ -53,23 +56,27 @@ class Trial:
 def resolve(recipe: Recipe, world: dist.World, build: Build) -> Recipe:
     """`recipe` with a number for a `parallel.micro_batch` of "auto"; all ranks agree. A ValueError if none fits.
 
-    An answer is kept in the user's cache, for the same model, data shape, settings, device, ranks and PyTorch.
+    An answer is kept in the user's cache, for the same model, data shape, settings, device, ranks and PyTorch. It is
+    taken from there if it is foretold to fit into the memory that is free now.
     """
     if recipe.parallel.micro_batch != "auto":
         return recipe
     path, key = user_cache() / "micro_batch.json", cache_key(recipe, world)
-    known = dist.broadcast_from_main(int(devices.read_json(path).get(key, 0)))
-    if known in candidates(recipe, world):
+    room = least_room(world)
+    found = devices.read_json(path).get(key) if world.is_main else None
+    known = dist.broadcast_from_main(found)
+    # Not only `in`, for which a 1.0 or true that someone wrote is a 1.
+    if type(known) is int and known in candidates(recipe, world) and foretold(recipe, known, world) <= FILL * room:
         if world.is_main:
             print(f"parallel.micro_batch auto: {known}, as found before (remove {path} to search anew)", flush=True)
         return with_size(recipe, known)
-    trials = search(recipe, world, build)
+    trials = search(recipe, world, build, room)
     fitting = [trial for trial in trials if not trial.verdict]
     if world.is_main:
         print(table(trials), flush=True)
     if not fitting:
         raise ValueError(
-            f"parallel.micro_batch auto: not even 1 sequence fits ({trials[0].verdict}); {memory.REMEDIES}"
+            f"parallel.micro_batch auto: not even 1 sequence fits ({trials[0].verdict}); {memory.remedies(1)}"
         )
     best = max(fitting, key=lambda trial: trial.tokens_per_s).micro_batch
     if world.is_main:
@@ -90,7 +97,7 @@ def cache_key(recipe: Recipe, world: dist.World) -> str:
     facts = {
         "model": to_dict(recipe.model),
         "loss": to_dict(recipe.loss),
-        "parallel": to_dict(recipe.parallel),
+        "parallel": to_dict(without_missing_compiler(recipe.parallel, world.device)),
         "data": [data.seq_len, data.batch_sizes, data.document_mask, len(data.train)],
         "machine": [device, world.size, torch.__version__],
     }
@@ -107,28 +114,43 @@ def candidates(recipe: Recipe, world: dist.World) -> list[int]:
     return sizes
 
 
-def search(recipe: Recipe, world: dist.World, build: Build) -> list[Trial]:
-    """Trials of growing size, until one does not fit or is clearly slower."""
+def least_room(world: dist.World) -> float:
+    """Bytes that each rank may still take."""
     here = dist.gather_objects(socket.gethostname()).count(socket.gethostname())
-    room = min(dist.gather_objects(memory.available(world.device, here)))
+    return min(dist.gather_objects(devices.available(world.device, here)))
+
+
+def foretold(recipe: Recipe, micro_batch: int, world: dist.World) -> float:
+    """Bytes that a rank will need at the fullest; the most of all ranks, of whose machines some may lack a compiler."""
+    parts = memory_per_rank(with_size(recipe, micro_batch), world.size, world.device.type)
+    return max(dist.gather_objects(sum(parts.values())))
+
+
+def search(recipe: Recipe, world: dist.World, build: Build, room: float) -> list[Trial]:
+    """Trials of growing size, until one does not fit or is clearly slower; `room`: bytes that a rank may take."""
     trials: list[Trial] = []
     for size in candidates(recipe, world):
         trials.append(attempt(with_size(recipe, size), world, build, room))
         best = max(trial.tokens_per_s for trial in trials)
         if trials[-1].verdict or trials[-1].tokens_per_s < SLOWER * best:
             break
+    start_peak(world.device)  # so that what the run says of its memory is its own
     return trials
 
 
 def attempt(recipe: Recipe, world: dist.World, build: Build, room: float) -> Trial:
-    """Some steps of a size, on parameters of their own; `room`: bytes that a rank may take."""
+    """Some steps of a size, on parameters of their own; `room`: bytes that a rank may take.
+
+    A size that is foretold not to fit is not tried. What remains: a rank that takes much more than foretold, and alone
+    runs out of memory in the midst of an exchange, of which see `unless_full`.
+    """
     size = recipe.parallel.micro_batch
     assert size != "auto"
-    foretold = sum(memory_per_rank(recipe, world.size, world.device.type).values())
-    # A CPU has no error that comes in time, only the kernel that ends processes; and where one rank alone ran out of
-    # memory, the others would wait for it.
-    if foretold > (FILL if world.device.type == "cpu" else 1.0) * room:
-        return Trial(size, 0.0, foretold, f"would need {gib(foretold)} of {gib(room)}")
+    needed = foretold(recipe, size, world)
+    # A CPU has no error that comes in time, only the kernel that ends processes.
+    share = FILL if world.device.type == "cpu" else FILL_OF_GPUS if world.size > 1 else 1.0
+    if needed > share * room:
+        return Trial(size, 0.0, needed, f"would need {gib(needed)} of {gib(room)}")
     before = start_peak(world.device)
     seconds = time_of_trial(recipe, world, build)
     peak = max(dist.gather_objects(devices.peak_memory(world.device) - before))
@@ -188,7 +210,7 @@ def start_peak(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
-    return memory.reset_peak_of_process()
+    return devices.reset_peak_of_process()
 
 
 def free(device: torch.device) -> None:

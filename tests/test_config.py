@@ -28,10 +28,14 @@ class Outer:
     on: bool = False
     text: str = ""
     maybe: int | None = None
+    size: int | Literal["auto"] = 1
+    again: bool | int = True
+    ratio: float | int = 0.5
     many: tuple[int, ...] = ()
     rules: tuple[tuple[str, float], ...] = ()
     inner: Inner = Inner()
     inners: tuple[Inner, ...] = ()
+    level: Literal[1, 2] = 1
 
 
 def complaint(cls: type, values: Any) -> str:
@@ -65,6 +69,9 @@ def test_every_kind_of_field_survives() -> None:
         on=True,
         text='a "quoted" line\n…',
         maybe=7,
+        size="auto",
+        again=2,
+        ratio=3,
         many=(1, 2, 3),
         rules=((r".*\.weight", 1.0), ("", 0.0)),
         inner=Inner(kind="b", pair=(0, 0.1)),
@@ -80,6 +87,16 @@ def test_a_field_left_out_takes_its_default() -> None:
 def test_null_is_allowed_where_the_type_says_so() -> None:
     assert from_dict(Outer, {"count": 1, "maybe": None}).maybe is None
     assert complaint(Outer, {"count": None}) == "count is None, but should be int"
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("maybe", [None, 3]), ("size", [4, "auto"]), ("again", [True, False, 0, 1, 2]), ("ratio", [1, 1.0])],
+)
+def test_of_several_types_a_value_keeps_its_own(name: str, values: list[Any]) -> None:
+    for value in values:
+        found = getattr(from_dict(Outer, {"count": 1, name: value}), name)
+        assert found == value and type(found) is type(value)
 
 
 def test_an_int_is_taken_for_a_float_and_becomes_one() -> None:
@@ -98,7 +115,11 @@ def test_an_int_is_taken_for_a_float_and_becomes_one() -> None:
         ({"count": 1, "rate": "fast"}, "rate is 'fast', but should be float"),
         ({"count": 1, "on": 1}, "on is 1, but should be bool"),
         ({"count": 1, "text": 1}, "text is 1, but should be str"),
-        ({"count": 1, "maybe": "x"}, "maybe is 'x', but should be int"),
+        ({"count": 1, "maybe": "x"}, "maybe is 'x', but should be int or None"),
+        ({"count": 1, "size": "all"}, "size is 'all', but should be int or 'auto'"),
+        ({"count": 1, "size": True}, "size is True, but should be int or 'auto'"),
+        ({"count": 1, "again": 2.0}, "again is 2.0, but should be bool or int"),
+        ({"count": 1, "level": True}, "level is True, but should be one of 1, 2"),
         ({"count": 1, "many": [1, "x"]}, "many[1] is 'x', but should be int"),
         ({"count": 1, "inner": {"pair": [1, "x"]}}, "inner.pair[1] is 'x', but should be float"),
         ({"count": 1, "many": "12"}, "many is '12', but should be tuple[int, ...]"),

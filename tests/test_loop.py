@@ -24,6 +24,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from modalities import checkpoint, devices, dist, families, loop, profiling, trained
 from modalities import recipe as recipes
+from modalities.compiling import compile_seconds, compiled
 from modalities.config import from_dict
 from modalities.data import TrainData
 from modalities.fsdp import ParallelConfig
@@ -344,6 +345,31 @@ def test_a_line_tells_memory_and_the_share_of_the_peak(tmp_path: Path, capsys: p
     peak = devices.peak_flops(torch.device("cpu"), torch.float32)
     assert lines[-1]["mfu"] == pytest.approx(flops / peak)
     assert "GiB" in capsys.readouterr().out
+
+
+@tiny.needs_compiler
+def test_what_was_compiled_before_a_run_is_not_its_own(tmp_path: Path) -> None:
+    compiled(lambda x: x.sin() + 1)(torch.ones(3))
+    assert compile_seconds() > 0
+    folder = train_on(1, tiny.recipe(tmp_path, steps=2))
+    assert [line["compile_s"] for line in read_metrics(folder) if "loss" in line] == [0, 0]
+
+
+def without_file_on_one(recipe: Recipe) -> None:
+    """One rank of a run lacks a file, and all say so."""
+    missing = (str(Path(recipe.log.dir) / "missing.pbin"),)
+    with dist.setup() as world:
+        for data in (replace(recipe.data, train=missing), replace(recipe.data, val=missing)):
+            own = replace(recipe, data=data) if world.rank == 1 else recipe
+            with pytest.raises(ValueError, match="missing.pbin is missing"), dist.all_or_none():
+                loop.build(own, world)
+
+
+def test_a_file_that_one_rank_lacks_keeps_no_rank_waiting(tmp_path: Path) -> None:
+    """Shards that are kept for two of four ranks have groups of their own, which all four ranks make."""
+    recipe = tiny.recipe(tmp_path)
+    recipe = replace(recipe, parallel=replace(recipe.parallel, reshard_after_forward=2))
+    tiny.run_ranks(4, without_file_on_one, recipe)
 
 
 def test_a_first_step_waits_for_no_writer_and_the_compilers_programs_are_kept(tmp_path: Path) -> None:

@@ -62,9 +62,15 @@ def measured(folder: Path, parallel: ParallelConfig, loss: LossConfig, accumulat
 
 
 CASES = [
-    pytest.param({}, "chunked", 1, id="fp32"),
+    pytest.param({}, "chunked", 1, id="fp32", marks=pytest.mark.slow),
     pytest.param({"activation_checkpointing": "full"}, "plain", 1, id="fp32-recomputing"),
-    pytest.param({"activation_checkpointing": "full", "param_dtype": "bfloat16"}, "chunked", 2, id="accumulating"),
+    pytest.param(
+        {"activation_checkpointing": "full", "param_dtype": "bfloat16"},
+        "chunked",
+        2,
+        id="accumulating",
+        marks=pytest.mark.slow,
+    ),
     pytest.param(
         {"param_dtype": "bfloat16", "compile": "model"}, "chunked", 1, id="bf16-compiled", marks=tiny.needs_compiler
     ),
@@ -80,6 +86,13 @@ CASES = [
         "chunked",
         1,
         id="bf16-compiled-recomputing",
+        marks=[tiny.needs_compiler, pytest.mark.slow],
+    ),
+    pytest.param(
+        {"param_dtype": "bfloat16", "compile": "model", "activation_checkpointing": "selective"},
+        "plain",
+        1,
+        id="bf16-compiled-selective",
         marks=[tiny.needs_compiler, pytest.mark.slow],
     ),
     pytest.param(

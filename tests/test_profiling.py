@@ -2,6 +2,8 @@
 
 import json
 import re
+import statistics
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ from test_train import ROOT, command
 
 from modalities import loop
 from modalities.config import to_dict
-from modalities.profiling import check_steps, group, parse_steps
+from modalities.log import read_metrics
+from modalities.profiling import choose_steps, group, parse_steps
 from modalities.recipe import Recipe
 
 
@@ -23,9 +26,13 @@ def write_recipe(recipe: Recipe) -> str:
     return str(path)
 
 
-def profiled(recipe: Recipe, steps: str, launcher: tuple[str, ...] = ()) -> str:
-    args = ("--recipe", write_recipe(recipe), "--profile", steps)
-    done = command(*launcher, str(ROOT / "train.py"), *args, cwd=Path(recipe.log.dir).parent)
+def profile(recipe: Recipe, *steps: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    args = ("--recipe", write_recipe(recipe), "--profile", *steps)
+    return command(*launcher, str(ROOT / "train.py"), *args, cwd=Path(recipe.log.dir).parent)
+
+
+def profiled(recipe: Recipe, *steps: str, launcher: tuple[str, ...] = ()) -> str:
+    done = profile(recipe, *steps, launcher=launcher)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -58,7 +65,7 @@ def test_a_profiled_run_is_the_same_to_the_bit_and_tells_where_its_time_went(tmp
 def test_each_rank_has_its_trace_and_the_main_one_tells_of_communication(tmp_path: Path) -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     recipe = tiny.recipe(tmp_path, steps=3, checkpoint=replace(tiny.recipe(tmp_path).checkpoint, every=0))
-    shown = profiled(recipe, "3", launcher)
+    shown = profiled(recipe, "3", launcher=launcher)
     found = sorted((recipe.folder / "profile").iterdir())
     assert [path.name for path in found] == ["steps-3-3-rank-0.json", "steps-3-3-rank-1.json"]
     assert all("step 3" in {event["name"] for event in events(path)} for path in found)
@@ -86,11 +93,41 @@ def test_what_is_no_range_of_steps_is_refused(text: str) -> None:
 
 def test_steps_that_a_run_does_not_have_are_refused() -> None:
     assert parse_steps("10-12") == range(10, 13) and parse_steps("7") == range(7, 8)
-    check_steps(range(10, 13), 9, 12)
-    check_steps(None, 20, 20)
+    assert choose_steps("10-12", 9, 12) == range(10, 13) and choose_steps(None, 20, 20) is None
     for done, total in ((10, 20), (0, 11)):
         with pytest.raises(ValueError, match=f"10-12: this run has the steps {done + 1}-{total} before it"):
-            check_steps(range(10, 13), done, total)
+            choose_steps("10-12", done, total)
+    for text in ("10-12", ""):
+        with pytest.raises(ValueError, match="this run is already trained to its end, step 20; give another --name"):
+            choose_steps(text, 20, 20)
+
+
+@pytest.mark.parametrize(
+    "done, total, first, last",
+    [(0, 100, 10, 12), (50, 100, 60, 62), (90, 100, 98, 100), (98, 100, 99, 100), (0, 1, 1, 1)],
+)
+def test_steps_are_chosen_among_those_before_the_run(done: int, total: int, first: int, last: int) -> None:
+    assert choose_steps("", done, total) == range(first, last + 1)
+
+
+def test_steps_are_chosen_and_refused_on_the_command_line(tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path, steps=4)
+    searched = replace(recipe, parallel=replace(recipe.parallel, micro_batch="auto"))
+    refused = profile(searched, "3-5")
+    assert refused.returncode == 1 and "3-5: this run has the steps 1-4 before it" in refused.stderr
+    assert "verdict" not in refused.stdout and not recipe.folder.exists(), "it is said before anything is done"
+    assert "\nsteps 2-4: " in profiled(recipe)
+    again = profile(recipe)
+    assert again.returncode == 1 and again.stderr.startswith("error: --profile: this run is already trained")
+    assert len(again.stderr.splitlines()) == 1
+
+
+def test_what_is_written_is_no_time_of_training(tmp_path: Path) -> None:
+    """The trace of five steps takes as long to write as many steps."""
+    recipe = tiny.recipe(tmp_path, checkpoint=replace(tiny.recipe(tmp_path).checkpoint, every=0))
+    profiled(recipe, "2-6")
+    rates = {line["step"]: line["tokens_per_s"] for line in read_metrics(recipe.folder) if "tokens_per_s" in line}
+    assert rates[7] > 0.25 * statistics.median(rates[step] for step in range(8, 21))
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,18 @@ def test_a_broken_recipe_json_is_named(tmp_path: Path, content: str) -> None:
         load(str(tmp_path / "recipe.json"))
 
 
+@pytest.mark.parametrize("before, now", [(True, "model"), (False, "off"), ("block", "block")])
+def test_a_recipe_json_of_an_earlier_version_is_read(tmp_path: Path, before: bool | str, now: str) -> None:
+    values = to_dict(tiny.recipe(tmp_path))
+    values["parallel"]["compile"] = before
+    (tmp_path / "recipe.json").write_text(json.dumps(values))
+    assert load(str(tmp_path / "recipe.json"))[0].parallel.compile == now
+    values["parallel"]["compile"] = 1
+    (tmp_path / "recipe.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"recipe.json: parallel.compile is 1, but should be one of 'off', 'block', "):
+        load(str(tmp_path / "recipe.json"))
+
+
 def test_a_run_is_called_after_its_file() -> None:
     recipe, path = load("gpt2_60m")
     assert recipe.name == path.stem == "gpt2_60m" and recipe.folder == Path("runs/gpt2_60m")

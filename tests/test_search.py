@@ -1,10 +1,12 @@
 """The micro-batch by search: on the real command line, on one and two ranks, within a limit of memory."""
 
+import contextlib
 import json
 import os
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +15,9 @@ import tiny
 import torch
 from test_loop import losses
 
-from modalities import dist, loop, memory, search
+from modalities import compiling, devices, dist, loop, memory, search
 from modalities.dist import World
-from modalities.recipe import Recipe
+from modalities.recipe import Recipe, memory_per_rank
 
 ROOT = Path(__file__).parents[1]
 ONE = World(0, 1, torch.device("cpu"), None)
@@ -27,6 +29,18 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A user's cache of the test's own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache" / "modalities" / "micro_batch.json"
+
+
+@contextlib.contextmanager
+def at_most(room: int) -> Iterator[None]:
+    """This process may take no more than so many bytes of address space."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def auto(recipe: Recipe) -> Recipe:
@@ -96,6 +110,79 @@ def test_the_answer_is_kept_for_what_it_depends_on(tmp_path: Path) -> None:
     assert len({key, *others}) == 5
 
 
+def test_without_a_compiler_it_is_the_eager_run_that_is_foretold_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eager = tiny.recipe(tmp_path)
+    compiled = replace(eager, parallel=replace(eager.parallel, compile="model"))
+    # A GPU needs no compiler of C++: there they differ in any case.
+    assert memory_per_rank(compiled, 1, "cuda") != memory_per_rank(eager, 1, "cuda")
+    monkeypatch.setenv("CXX", str(tmp_path / "no-such"))
+    assert memory_per_rank(compiled, 1) == memory_per_rank(eager, 1)
+    assert search.cache_key(auto(compiled), ONE) == search.cache_key(auto(eager), ONE)
+
+
+def remember(recipe: Recipe, world: World, value: object) -> None:
+    path = compiling.user_cache() / "micro_batch.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({search.cache_key(recipe, world): value}))
+
+
+@pytest.mark.parametrize("value", ["2", 2.0, True, None, [2], 3])
+def test_what_is_no_size_is_not_taken_from_the_cache(value: object, tmp_path: Path) -> None:
+    recipe = auto(tiny.recipe(tmp_path))
+    remember(recipe, ONE, 2)
+    assert search.resolve(recipe, ONE, must_not_build).parallel.micro_batch == 2
+    remember(recipe, ONE, value)
+    with pytest.raises(AssertionError, match="built"):
+        search.resolve(recipe, ONE, must_not_build)
+
+
+def test_what_no_longer_fits_is_not_taken_from_the_cache(tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path)
+    recipe = auto(replace(recipe, data=replace(recipe.data, global_batch=2**17)))
+    with at_most(4 * 2**30):
+        remember(recipe, ONE, 64)
+        assert search.resolve(recipe, ONE, must_not_build).parallel.micro_batch == 64
+        remember(recipe, ONE, 2**17)
+        with pytest.raises(AssertionError, match="built"):
+            search.resolve(recipe, ONE, must_not_build)
+
+
+def take_from_two_caches(folder: Path) -> None:
+    """Rank 1 has another user's cache, of another size: that of rank 0 holds."""
+    os.environ["XDG_CACHE_HOME"] = str(folder / os.environ["RANK"])
+    with dist.setup() as world:
+        recipe = auto(tiny.recipe(folder))
+        remember(recipe, world, 2 if world.is_main else "four")
+        assert search.resolve(recipe, world, must_not_build).parallel.micro_batch == 2
+
+
+def test_ranks_take_the_main_ranks_answer(tmp_path: Path) -> None:
+    tiny.recipe(tmp_path)
+    tiny.run_ranks(2, take_from_two_caches, tmp_path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures what Linux tells")
+def test_the_peak_of_a_trial_is_not_the_runs(tmp_path: Path) -> None:
+    def build(recipe: Recipe, world: World) -> tuple[loop.Run, loop.TrainState]:
+        torch.ones(2**26)  # 256 MiB
+        return loop.build(recipe, world)
+
+    before = search.start_peak(ONE.device)
+    trials = search.search(auto(tiny.recipe(tmp_path)), ONE, build, room=2.0**40)
+    assert all(trial.peak > 0.9 * 2**28 for trial in trials)
+    assert devices.peak_memory(ONE.device) - before < 2**27
+
+
+def test_several_gpus_are_not_filled_to_the_brim(tmp_path: Path) -> None:
+    """Decided before a device is touched."""
+    recipe, gpus = auto(tiny.recipe(tmp_path)), replace(ONE, size=2, device=torch.device("cuda"))
+    needed = search.foretold(recipe, 2, gpus)
+    verdict = search.attempt(search.with_size(recipe, 2), gpus, must_not_build, room=needed / 0.97).verdict
+    assert verdict.startswith("would need")
+
+
 def test_what_does_not_fit_is_not_tried(tmp_path: Path) -> None:
     recipe = auto(tiny.recipe(tmp_path))
     two = memory.per_rank(recipe.model, recipe.parallel, recipe.loss, 2, 32, 4)
@@ -162,17 +249,13 @@ cli.run(main)
     assert done.stderr.startswith("error: ")
     what = "not even 1 sequence fits" if micro_batch == "auto" else "out of memory with parallel.micro_batch 8"
     assert what in done.stderr
+    assert ("lower parallel.micro_batch" in done.stderr) == (micro_batch == "8")
     for knob in ("activation_checkpointing", "loss.implementation chunked", "more ranks", "cpu_offload"):
         assert knob in done.stderr
 
 
 def test_the_limit_of_a_process_counts() -> None:
-    before = memory.available(torch.device("cpu"))
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, hard))
-    try:
-        assert 0.9 * 2**30 < memory.available(torch.device("cpu")) <= min(before, 2**30)
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-    assert memory.available(torch.device("cpu"), ranks_here=2) == pytest.approx(before / 2, rel=0.1)
+    before = devices.available(torch.device("cpu"))
+    with at_most(2**30):
+        assert 0.9 * 2**30 < devices.available(torch.device("cpu")) <= min(before, 2**30)
+    assert devices.available(torch.device("cpu"), ranks_here=2) == pytest.approx(before / 2, rel=0.1)

@@ -97,6 +97,34 @@ def test_recipe_json_reproduces_a_run_to_the_bit(here: Path) -> None:
     assert losses(here / "runs/x") == losses(here / "runs/y")
 
 
+AUTO = """
+import sys
+sys.path.insert(0, {tests!r})
+from dataclasses import replace
+from pathlib import Path
+import tiny
+from modalities.checkpoint import CheckpointConfig
+recipe = tiny.recipe(Path({folder!r}), steps=4, checkpoint=CheckpointConfig(every=2))
+recipe = replace(recipe, parallel=replace(recipe.parallel, micro_batch="auto"))
+"""
+
+
+def test_a_run_with_a_searched_micro_batch_goes_on_and_is_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "auto.py").write_text(AUTO.format(tests=str(ROOT / "tests"), folder=str(tmp_path)))
+    again = ("--recipe", "auto.py", "--name", "x")
+    train(*again, cwd=tmp_path)
+    assert json.loads((tmp_path / "runs/x/recipe.json").read_text())["parallel"]["micro_batch"] == "auto"
+    shutil.move(tmp_path / "runs/x/step-00000004", tmp_path / "straight/step-00000004")
+    assert "after step 2" in train(*again, cwd=tmp_path)
+    train("--recipe", "runs/x/recipe.json", "--name", "y", cwd=tmp_path)
+    straight, resumed, repeated = (weights(tmp_path / name, 4) for name in ("straight", "runs/x", "runs/y"))
+    assert len(straight) > 10 and all(torch.equal(straight[name], resumed[name]) for name in straight)
+    assert all(torch.equal(straight[name], repeated[name]) for name in straight)
+
+
 def test_model_from_on_the_command_line(here: Path) -> None:
     """A run begun from another's weights goes on by the same command, whatever became of the other."""
     train("--recipe", "demo", "--name", "x", *SMALL, "--steps", "4", cwd=here)
