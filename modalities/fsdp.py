@@ -247,7 +247,7 @@ def change_blocks(model: Transformer, config: ParallelConfig, sharded: bool) -> 
             # PyTorch 2.13 fails to compile a forgetful block of DTensors, so the compiled block is run again.
             anew = recomputing(plain, selective, sharded)
     if selective and config.compiles_whole(sharded):
-        return  # the compiler does it, and better: what it can fuse costs next to nothing
+        return  # the compiler does it, and better: what it fuses costs little
     for layer, block in enumerate(model.blocks):
         forward = anew if config.recomputes(layer) else plain
         if forward is not Block.forward:

@@ -303,6 +303,7 @@ def test_a_step_that_is_not_logged_reads_nothing_from_the_device(tmp_path: Path,
     assert not [name for name in names if name in SYNCS]
 
 
+# It asks CUDA itself for waits; the test above counts them on a CPU, where nothing else can be asked.
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("compile", ["off", "model"])
 def test_a_step_that_is_not_logged_does_not_wait_for_the_gpu(tmp_path: Path, compile: Literal["off", "model"]) -> None:

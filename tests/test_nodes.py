@@ -63,6 +63,7 @@ def test_the_slurm_script_is_bash() -> None:
     subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
 
 
+# Both commands of the Makefile run in one; without, the script's `source .venv/bin/activate` has nothing to read.
 @pytest.mark.skipif(sys.prefix == sys.base_prefix, reason="the script activates a virtual environment")
 def test_the_slurm_script_with_two_agents_that_meet(recipe: Recipe, tmp_path: Path) -> None:
     """All of the script is real but Slurm, whose two commands are stood in for: here both nodes are this one."""

@@ -163,6 +163,7 @@ def test_ranks_take_the_main_ranks_answer(tmp_path: Path) -> None:
     tiny.run_ranks(2, take_from_two_caches, tmp_path)
 
 
+# Linux alone lets a process begin its peak anew; elsewhere there is nothing to hold the figure against.
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures what Linux tells")
 def test_the_peak_of_a_trial_is_not_the_runs(tmp_path: Path) -> None:
     def build(recipe: Recipe, world: World) -> tuple[loop.Run, loop.TrainState]:
