@@ -369,8 +369,8 @@ def layout(config: ModelConfig) -> dict[str, Stored]:
     return found
 
 
-def read_weights(folder: Path, config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
-    """Our parameters by name, fp32, in our shapes (rows that pad the vocabulary are 0), one stored tensor at a time.
+def read_weights(folder: Path, config: ModelConfig, only: set[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Our parameters, fp32, in our shapes (padded by rows of 0), a stored tensor at a time; those that hold `only`.
 
     Everything is checked before the first is read: ValueError for a tensor that is missing, twice there, unknown, of
     another shape or quantised, and for a head that should be the embedding and is not.
@@ -398,7 +398,7 @@ def read_weights(folder: Path, config: ModelConfig) -> Iterator[tuple[str, Tenso
             if not torch.equal(one.get_tensor(tied_head), other.get_tensor(embed)):
                 raise ValueError(f"{folder}: {tied_head} differs from {embed}, although config.json says they are tied")
     for name, (file, _, _) in files.items():
-        if name in stored:
+        if name in stored and (only is None or only & stored[name].rows.keys()):
             # Opened anew for each, for what was read of a file stays mapped, and counts as memory, until it is closed.
             with safe_open(file, "pt") as tensors:
                 yield from stored[name].split(tensors.get_tensor(name), config.padded_vocab_size)

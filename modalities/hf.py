@@ -4,6 +4,7 @@ An export reads a sharded checkpoint one tensor at a time, never the optimizer's
 folder appears. It needs torch, safetensors and tokenizers; transformers is what others then open the folder with.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modalities import __version__, checkpoint, cli, families, log, trained
 from modalities.config import to_dict
@@ -26,7 +27,7 @@ from modalities.fsdp import ParallelConfig
 from modalities.model import ModelConfig, build_skeleton, num_params
 from modalities.optim import Params
 from modalities.pbin import fsync, refuse_existing
-from modalities.step import TrainState, apply
+from modalities.step import TrainState
 from modalities.trained import TOKENIZER_FILES, Found
 
 Dtype = Literal["float32", "bfloat16"]
@@ -34,8 +35,6 @@ SAFETENSORS = {"float32": "F32", "bfloat16": "BF16"}
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 # What is kept of a `tokenizer_config.json`, beside the chat template; the rest is for tokenizers of another class.
 TOKENS = {f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
-# Memory that an export may take beside its largest file [bytes]: a model that fits into both twice is also run.
-MEMORY = 10**9
 # Of the largest logit: what a rounding of the weights to 8 bits may cost; without it the logits are the same.
 LOGITS_BOUND = {"float32": 1e-6, "bfloat16": 0.1}
 
@@ -264,13 +263,15 @@ def check(folder: Path, source: Found, digests: dict[str, str], dtype: Dtype) ->
         raise ValueError(f"{folder}: {min(different)} is not what was written; is the disk full or damaged?")
     text = f"all {len(found)} parameters are there once, and equal to the checkpoint's to the bit"
     text += "" if dtype == "float32" else f" once rounded to {dtype}"
-    room = max(file.stat().st_size for file in folder.glob("*.safetensors")) + MEMORY
-    if 2 * 4 * num_params(config) > room:
-        return f"{text}; logits were not compared, for two such models need more than {room / 1e6:,.0f} MB"
-    empty = {name: torch.empty(shape) for name, shape in shapes_of(source.config).items()}
-    ours = some_logits(source.config, checkpoint.load_params(source.folder, empty))
-    del empty
-    theirs = some_logits(config, dict(families.read_weights(folder, config)))
+    shapes = shapes_of(config)
+
+    def read(names: set[str]) -> Params:
+        return checkpoint.load_params(source.folder, {name: torch.empty(shapes[name]) for name in names})
+
+    def read_back(names: set[str]) -> Params:
+        return {name: weight for name, weight in families.read_weights(folder, config, names) if name in names}
+
+    ours, theirs = some_logits(source.config, read), some_logits(config, read_back)
     difference = float((ours - theirs).abs().max() / ours.abs().max())
     if not difference <= LOGITS_BOUND[dtype]:  # nor if it is not a number
         raise ValueError(f"{folder}: its logits differ from the checkpoint's by {difference:.1e} of the largest")
@@ -287,11 +288,33 @@ def recipe_of(source: Found) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def some_logits(config: ModelConfig, params: Params) -> Tensor:
-    """Logits [2, T, vocab_size] of up to 16 tokens, the same whenever it is called."""
+def some_logits(config: ModelConfig, read: Callable[[set[str]], Params]) -> Tensor:
+    """Logits [2, T, vocab_size] of up to 16 tokens, the same whenever it is called.
+
+    `read` gives the parameters of those names; a layer's are in memory only while it computes.
+    """
+    model = build_skeleton(config)
+
+    def fill(names: set[str], module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        for name, weight in read(names).items():
+            setattr(module, name.rpartition(".")[2], nn.Parameter(weight, requires_grad=False))
+
+    def empty(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        module.to("meta")
+
+    for prefix, module in model.named_modules():
+        if names := {f"{prefix}.{name}" for name, _ in module.named_parameters(recurse=False)}:
+            module.register_forward_pre_hook(functools.partial(fill, names))
+            module.register_forward_hook(empty)
+
+    def head(hidden_BTD: Tensor, empty_VD: Tensor) -> Tensor:
+        """The model's own, which is no layer that a hook could fill."""
+        name = "embed.weight" if config.tied else "head.weight"
+        return model.logits(hidden_BTD, read({name})[name])
+
     shape = 2, min(16, config.max_seq_len)
     tokens_BT = torch.randint(config.vocab_size, shape, generator=torch.Generator().manual_seed(0))
-    return apply(build_skeleton(config), params, tokens_BT, train=False)
+    return model(tokens_BT, head=head)
 
 
 # --------------------------------------------------------------------------------------------------------------- import

@@ -26,7 +26,7 @@ from modalities.config import to_dict
 from modalities.data import open_val
 from modalities.dist import World
 from modalities.families import layout, read_config, read_weights
-from modalities.model import ModelConfig, build_skeleton, initial_weight, num_params
+from modalities.model import ModelConfig, build_skeleton, initial_weight
 from modalities.recipe import Recipe, from_json
 from modalities.step import EvalConfig, TrainState, apply
 
@@ -188,18 +188,29 @@ def test_the_checkpoint_of_a_step(tmp_path: Path) -> None:
         hf.export(run, tmp_path / "out")
 
 
-def test_logits_are_compared_where_memory_allows_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_checkpoint(tmp_path / "run")
-    source, size = hf.find_checkpoint(tmp_path / "run", None), 4 * num_params(tiny.MODEL)
-    hf.export(tmp_path / "run", tmp_path / "out")
-    params = trained.load(tmp_path / "run", CPU).params
-    rows = {name: count for stored in layout(source.config).values() for name, count in stored.rows.items()}
-    digests = {name: hf.digest(param[: rows[name]]) for name, param in params.items()}
-    file = (tmp_path / "out" / "model.safetensors").stat().st_size
-    for room, told in ((2 * size, "logits differ by at most"), (2 * size - 1, "logits were not compared")):
-        # The bound alone, brought down to a tiny model: one that is over the real one takes gigabytes.
-        monkeypatch.setattr(hf, "MEMORY", room - file)
-        assert told in hf.check(tmp_path / "out", source, digests, "float32")
+EXPORT = """
+import sys, torch
+from pathlib import Path
+from modalities import devices, hf
+
+peaks = []
+for run in sys.argv[1:]:
+    hf.export(Path(run), Path(run + "-out"), max_shard_size="10MB")
+    peaks.append(devices.peak_memory(torch.device("cpu")) // 2**20)
+print(*peaks)
+"""
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """Its logits are compared, too, a layer at a time: the second is 250 MB larger than the first."""
+    runs = [tmp_path / f"layers{layers}" for layers in (2, 22)]
+    for run, layers in zip(runs, (2, 22), strict=True):
+        write_checkpoint(run, replace(tiny.MODEL, width=512, mlp_width=1536, num_layers=layers))
+    done = subprocess.run([sys.executable, "-c", EXPORT, *map(str, runs)], check=True, capture_output=True, text=True)
+    assert done.stdout.count("; logits differ by at most") == 2
+    small, large = map(int, done.stdout.splitlines()[-1].split())
+    print(small, large)
+    assert large - small < 60
 
 
 def test_a_damaged_checkpoint_is_not_exported(tmp_path: Path) -> None:
