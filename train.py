@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from modalities import cli
+from modalities import cli, stopping
 
 
 def main(argv: list[str]) -> None:
@@ -24,6 +24,8 @@ def main(argv: list[str]) -> None:
         print(f"recipes:\n{cli.describe_recipes()}\n\ntrain.py --recipe NAME --help lists every field with its value.")
         return
 
+    if not chosen.dry_run:
+        stopping.listen()
     from modalities import recipe as recipes  # after the list, which should not wait for torch
 
     recipe, source = recipes.load(chosen.recipe)

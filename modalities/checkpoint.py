@@ -4,63 +4,114 @@
 are in the format of torch.distributed.checkpoint, so one that N ranks wrote loads on any number.
 """
 
-import hashlib
 import json
 import re
 import shutil
 import sys
 import time
-import types
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed
+from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from modalities.dist import barrier, broadcast_from_main
-from modalities.optim import Params
-from modalities.pbin import fsync
+from modalities import durable, shards
+from modalities.dist import all_or_none, broadcast_from_main, gather_objects
+from modalities.durable import read_manifest
+from modalities.optim import Params, local
 from modalities.step import TrainState
 
-MANIFEST = "manifest.json"
+MANIFEST = durable.MANIFEST
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When the state is saved."""
+    """When the state is saved, and which checkpoints stay."""
 
     every: int = 1000
     """Steps between two checkpoints; 0: at the end alone."""
+    every_minutes: float = 0.0
+    """Minutes after which the state is saved at the latest [min]; 0: whatever the time."""
+    keep_last: int = 0
+    """The newest so many stay; 0: all."""
+    keep_every: int = 0
+    """Checkpoints of steps that this divides stay as well; 0: none."""
+    keep_best: int = 0
+    """So many of the lowest loss, the mean over the validation sets, stay as well; 0: none."""
+    background: bool = True
+    """Write while training goes on, from a copy of the state in the host's memory."""
+    max_failures: int = 3
+    """Saves in a row that may fail; then the run stops."""
 
     def __post_init__(self) -> None:
-        if self.every < 0:
-            raise ValueError(f"checkpoint.every is {self.every}, but must not be negative")
+        for name in ("every", "every_minutes", "keep_last", "keep_every", "keep_best"):
+            if not getattr(self, name) >= 0:  # nor NaN
+                raise ValueError(f"checkpoint.{name} is {getattr(self, name)}, but must not be negative")
+        if (self.keep_every or self.keep_best) and not self.keep_last:
+            raise ValueError(
+                "checkpoint.keep_last is 0, which keeps all; give it too for keep_every or keep_best to matter"
+            )
+        if self.max_failures < 1:
+            raise ValueError(f"checkpoint.max_failures is {self.max_failures}, but must be at least 1")
 
 
-def save(run: Path, state: TrainState, recipe: dict[str, Any], is_main: bool) -> Path:
-    """Write `run/step-N` from all ranks and return it; a valid one that lies there already is left as it is."""
-    path = run / f"step-{state.step:08}"
+def path_of(run: Path, step: int) -> Path:
+    return run / f"step-{step:08}"
+
+
+def save(
+    run: Path,
+    state: TrainState,
+    recipe: dict[str, Any],
+    is_main: bool,
+    facts: Mapping[str, Any] | None = None,
+    parts: Mapping[str, Tensor] | None = None,
+    group: ProcessGroup | None = None,
+) -> Path:
+    """Write `run/step-N` from all ranks and return it; a valid one that lies there already is left as it is.
+
+    `facts`: what the manifest is to hold beside step and samples, as JSON. `parts`: as `parts_of` gives them, a copy,
+    say; None: the state's own. `group`: all ranks, by another way than that of training, should that go on meanwhile.
+    A ValueError on all ranks, and nothing left behind, where it fails on any.
+    """
+    path = path_of(run, state.step)
     part = path.with_suffix(".tmp")
-    if broadcast_from_main(is_main and valid_or_aside(path)):
-        return path
-    if is_main:
-        shutil.rmtree(part, ignore_errors=True)  # what a killed run left half-written
-        part.mkdir(parents=True)
-    barrier()
-    with one_line(f"{path} cannot be written ({{why}}); is the disk full?") as dcp:
-        dcp.save({"params": state.params, "opt_state": state.opt_state}, checkpoint_id=part, no_dist=not distributed())
-    barrier()
-    if is_main:
-        (part / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
-        write_manifest(part, state)
-        part.rename(path)
-        fsync(run)
-    barrier()
+    with one_line(f"{path} cannot be written ({{why}}); is the disk full?"):
+        with all_or_none(group):
+            exists = is_main and valid_or_aside(path)
+            if is_main and not exists:
+                shutil.rmtree(part, ignore_errors=True)  # what a killed run left half-written
+                part.mkdir(parents=True)
+        if broadcast_from_main(exists, group):
+            return path
+        try:
+            tensors = {"params": state.params, "opt_state": state.opt_state}
+            written = shards.write(part, tensors, parts or parts_of(state), group)
+            every = gather_objects(written, group)
+            with all_or_none(group):
+                if is_main:
+                    text = json.dumps(recipe, indent=2) + "\n"
+                    files = {"recipe.json": durable.write_file(part / "recipe.json", text.encode())}
+                    guard = {name: value.tolist() for name, value in state.guard.items()}
+                    known = {"step": state.step, "samples": state.samples, **(facts or {}), "guard": guard}
+                    durable.finish(part, path, known, files | {k: v for rank in every for k, v in rank.items()})
+        except BaseException:
+            if is_main:
+                shutil.rmtree(part, ignore_errors=True)
+            raise
     return path
+
+
+def parts_of(state: TrainState) -> dict[str, Tensor]:
+    """This rank's part of each tensor that a checkpoint holds, by its name there."""
+    parts = {f"params.{name}": local(param) for name, param in state.params.items()}
+    for kind, tensors in state.opt_state.items():
+        parts |= {f"opt_state.{kind}.{name}": local(tensor) for name, tensor in tensors.items()}
+    return parts
 
 
 def valid_or_aside(path: Path) -> bool:
@@ -75,38 +126,15 @@ def valid_or_aside(path: Path) -> bool:
     return True
 
 
-def write_manifest(folder: Path, state: TrainState) -> None:
-    """Hash and fsync every file of `folder`, then write their list, and the position of the run, last."""
-    files = {}
-    for file in sorted(folder.iterdir()):
-        files[file.name] = {"size": file.stat().st_size, "sha256": sha256(file)}
-        fsync(file)
-    manifest = {"step": state.step, "samples": state.samples, "files": files}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-    fsync(folder / MANIFEST)
-    fsync(folder)
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose every file has the size and hash that it states, or a ValueError."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        step, _ = int(manifest["step"]), int(manifest["samples"])
-        files = [(folder / name, facts["size"], facts["sha256"]) for name, facts in manifest["files"].items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder} is no checkpoint: its {MANIFEST} is missing or broken ({error!r})") from None
-    if re.fullmatch(r"step-\d+", folder.name) and int(folder.name[5:]) != step:
-        raise ValueError(f"{folder} is damaged: its {MANIFEST} is of step {step}")
-    for file, size, digest in files:
-        if not file.is_file() or file.stat().st_size != size or sha256(file) != digest:
-            raise ValueError(f"{folder} is damaged: {file.name} is missing or not what was saved")
-    return manifest
+def steps(run: Path) -> list[Path]:
+    """What looks like a checkpoint in a run's folder, the highest step first."""
+    paths = [path for path in run.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(paths, key=lambda path: int(path.name[5:]), reverse=True)
 
 
 def newest(run: Path) -> Path | None:
     """The valid checkpoint of the highest step in a run's folder, or None; damaged ones are passed over loudly."""
-    steps = [path for path in run.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    for path in sorted(steps, key=lambda path: int(path.name[5:]), reverse=True):
+    for path in steps(run):
         try:
             read_manifest(path)
         except ValueError as error:
@@ -121,48 +149,32 @@ def restore(path: Path, state: TrainState) -> TrainState:
 
     `ValueError` where it is of another model, or holds weights alone.
     """
-    manifest = json.loads((path / MANIFEST).read_text())
     problem = f"{path} is no checkpoint of this run ({{why}}); to start another run from its weights give --model-from"
-    with one_line(problem) as dcp:
-        whole = {"params": state.params, "opt_state": state.opt_state}
-        dcp.load(whole, checkpoint_id=path, no_dist=not distributed())
-    return TrainState(state.params, state.opt_state, manifest["step"], manifest["samples"])
+    manifest = read(path, {"params": state.params, "opt_state": state.opt_state}, problem)
+    guard = {name: torch.tensor(value, dtype=torch.float64) for name, value in manifest.get("guard", {}).items()}
+    return TrainState(state.params, state.opt_state, manifest["step"], manifest["samples"], guard)
 
 
 def load_params(path: Path, params: Params) -> Params:
     """Load the weights alone of a verified checkpoint into `params`; `ValueError` where it is of another model."""
-    with one_line(f"the weights of {path} cannot be read ({{why}})") as dcp:
-        dcp.load({"params": params}, checkpoint_id=path, no_dist=not distributed())
+    read(path, {"params": params}, f"the weights of {path} cannot be read ({{why}})")
     return params
 
 
-def distributed() -> bool:
-    return torch.distributed.is_initialized()
+def read(path: Path, tensors: dict[str, Any], problem: str) -> dict[str, Any]:
+    """Read the `tensors` of a checkpoint in place; returns its manifest. `problem` is what a ValueError says."""
+    with one_line(problem):
+        with all_or_none():
+            manifest = durable.read_facts(path)
+            reader = shards.Reader(path, manifest["files"])
+        shards.read(reader, tensors)
+    return manifest
 
 
 @contextmanager
-def one_line(problem: str) -> Iterator[types.ModuleType]:
-    """torch.distributed.checkpoint for a call of it, without its remarks about a single process, which is meant.
-
-    What fails in it on any rank is a ValueError on all: `problem`, in which {why} is the first cause.
-    """
-    # Here and not above, for it takes long to load, and a run would rather take its first step.
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.api import CheckpointException
-
+def one_line(problem: str) -> Iterator[None]:
+    """What fails is a ValueError: `problem`, in which {why} is the cause."""
     try:
-        with warnings.catch_warnings(action="ignore", category=UserWarning):
-            yield dcp
-    except CheckpointException as error:  # no Exception, so nobody else would catch it
-        why = next(iter(error.failures.values()))[0]
-        if isinstance(why, KeyboardInterrupt):
-            raise why from None
-        # Of a full disk torch's writer says no more than "unexpected pos", but that came of an OSError.
-        if isinstance(why.__context__, OSError):
-            why = why.__context__
-        raise ValueError(problem.replace("{why}", " ".join(str(why).split()))) from None
-
-
-def sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        yield
+    except (ValueError, OSError) as error:
+        raise ValueError(problem.replace("{why}", " ".join(str(error).split()))) from None

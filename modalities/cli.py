@@ -16,23 +16,40 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from modalities import ranks
+
 T = TypeVar("T")
 
 
 def run(main: Callable[[list[str]], Any]) -> None:
     """Run `main(argv)`; a `ValueError`, `OSError` or missing package ends in one line on stderr and exit status 1.
 
-    `MODALITIES_DEBUG=1` in the environment shows the traceback instead.
+    `MODALITIES_DEBUG=1` in the environment shows the traceback instead. Other ends are named in `ranks`.
     """
+    ranks.begin()
+    status, line = ranks.CRASHED, ""
     try:
         main(sys.argv[1:])
+        status = 0
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        status, line = 130, "interrupted"
+        print(line, file=sys.stderr)
+        sys.exit(status)
+    except SystemExit as end:
+        status, line = (
+            (end.code or 0, getattr(end, "line", "")) if isinstance(end.code, int | None) else (1, str(end.code))
+        )
+        raise
     except (ValueError, OSError, ImportError) as error:
+        status, line = 1, f"error: {' '.join(str(error).split())}"
         if os.environ.get("MODALITIES_DEBUG") == "1":
             raise
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        sys.exit(line)
+    except BaseException as error:
+        line = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise
+    finally:
+        ranks.report_end(status, line)
 
 
 def parse(target: Callable[..., T], args: Sequence[str], **options: Any) -> T:

@@ -141,6 +141,16 @@ class DataConfig:
     def val_names(self) -> tuple[str, ...]:
         return tuple(Path(path).stem for path in self.val)
 
+    @property
+    def files(self) -> dict[str, str]:
+        """What is read, by what it is for: sources by their place, validation sets by their names."""
+        by_place = {"data.train": self.train, "data.masks": self.masks}
+        files = {f"{field}[{i}]": path for field, paths in by_place.items() for i, path in enumerate(paths)}
+        for field, paths in (("data.val", self.val), ("data.val_masks", self.val_masks)):
+            files |= {f"{field}.{name}": path for name, path in zip(self.val_names, paths, strict=False)}
+        files["data.tokenizer"] = self.tokenizer
+        return {name: path for name, path in files.items() if path}
+
 
 def open_sequences(config: DataConfig, path: str, mask: str, vocab_size: int) -> Sequences:
     """A file as sequences, made as `config` says; a ValueError if it cannot be used."""

@@ -1,6 +1,9 @@
 """This process among the others: rank, device, mesh, and sums over ranks."""
 
 import contextlib
+import os
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +19,35 @@ from modalities import ranks
 from modalities.compiling import use_cache
 
 T = TypeVar("T")
+STORE_ERRORS = (torch.distributed.DistError, ConnectionError, TimeoutError)
+"""What a store that does not answer raises."""
+LOST = ("/gloo/", "ncclRemoteError", "ncclInternalError", "NCCL communicator was aborted", "NCCL watchdog")
+"""What gloo and NCCL say when a peer is gone; the errors have no type of their own."""
+
+
+class PeersLost(SystemExit):
+    """The end of this process, because others are gone: one line on stderr, and the status HUNG."""
+
+    def __init__(self, line: str) -> None:
+        super().__init__(ranks.HUNG)
+        self.line = line
+        print(line, file=sys.stderr, flush=True)
+        # What is left to close may wait for the peers as well.
+        alarm = threading.Timer(10.0, os._exit, (ranks.HUNG,))
+        alarm.daemon = True
+        alarm.start()
+
+
+def cause(error: BaseException) -> str:
+    """What gloo or NCCL say of it, without where in their source, and without advice."""
+    return str(error).partition("\n")[0].rpartition("] ")[2].partition(". ")[0]
+
+
+def lost_peers(error: BaseException) -> bool:
+    """Whether `error` came of a peer that is gone."""
+    if not torch.distributed.is_initialized():
+        return False
+    return isinstance(error, torch.distributed.DistError) or any(text in str(error) for text in LOST)
 
 
 @dataclass(frozen=True)
@@ -96,6 +128,12 @@ def setup(replicate: int = 1, shard: int = -1, tensor: int = 1) -> Iterator[Worl
             data_group, _ = torch.distributed.new_subgroups_by_enumeration(members)
         yield World(rank, size, device, mesh, tensor, data_group)
         barrier()
+    except Exception as error:
+        if not lost_peers(error):
+            raise
+        raise PeersLost(
+            f"rank {rank} lost its peers before its first step, or after its last: {cause(error)}"
+        ) from None
     finally:
         # A thread of gloo's that still holds the last collective's tensor when Python ends would abort the process.
         time.sleep(0.1)
@@ -109,17 +147,17 @@ def sum_over_ranks(tensor: Tensor, group: ProcessGroup | None = None) -> Tensor:
     return tensor
 
 
-def gather_objects(value: T) -> list[T]:
-    """The `value` of every rank, in the order of ranks, on every rank."""
+def gather_objects(value: T, group: ProcessGroup | None = None) -> list[T]:
+    """The `value` of every rank of `group` (None: all), in the order of ranks, on every rank."""
     if not torch.distributed.is_initialized():
         return [value]
-    values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
+    values: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(values, value, group)
     return values
 
 
 @contextlib.contextmanager
-def all_or_none() -> Iterator[None]:
+def all_or_none(group: ProcessGroup | None = None) -> Iterator[None]:
     """A user's mistake (ValueError, OSError) that shows on some ranks is raised on all, so that none goes on alone."""
     problem = None
     try:
@@ -128,17 +166,17 @@ def all_or_none() -> Iterator[None]:
         problem = str(error)
         if not torch.distributed.is_initialized():
             raise
-    problems = [text for text in gather_objects(problem) if text is not None]
+    problems = [text for text in gather_objects(problem, group) if text is not None]
     if problems:
         raise ValueError(problems[0])
 
 
-def broadcast_from_main(value: T) -> T:
+def broadcast_from_main(value: T, group: ProcessGroup | None = None) -> T:
     """Rank 0's `value` on every rank; what the others pass is not looked at."""
     if not torch.distributed.is_initialized():
         return value
     box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
+    torch.distributed.broadcast_object_list(box, src=0, group=group)
     return box[0]
 
 

@@ -14,7 +14,7 @@ import secrets
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -86,6 +86,7 @@ TAGS = {
     "grad_norm": "train/grad_norm",
     "tokens_per_s": "perf/tokens_per_s",
     "mfu": "perf/mfu",
+    "skipped": "train/skipped",
     "peak_memory": "perf/peak_memory",
     "compile_s": "perf/compile_s",
 }
@@ -102,12 +103,12 @@ class Log:
         self.pending: tuple[int, int, dict[str, Tensor | float]] | None = None
         self.opened = time.perf_counter()
         self.timed_from: tuple[int, float] | None = None
-        self.lines = self.board = self.wandb = None
+        self.board = self.wandb = None
         if folder is None:
             return
-        self.lines = (folder / "metrics.jsonl").open("a", buffering=1)
+        (folder / "metrics.jsonl").touch()
         if not ends_with_newline(folder / "metrics.jsonl"):
-            self.lines.write("\n")  # a killed run broke off within a line
+            self.append("metrics.jsonl", "\n")  # a killed run broke off within a line
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -146,6 +147,8 @@ class Log:
         values = {key: float(value) for key, value in metrics.items()}  # waits for that step on the device
         # A source that had no target in this step has no loss.
         values = {key: value for key, value in values.items() if not (key.startswith("loss/") and math.isnan(value))}
+        if not values.get("skipped", 1):
+            del values["skipped"]
         gauges = self.progress.gauges()
         total = self.progress.total_steps
         if self.timed_from is None:  # the first step compiles and warms up; its rate would mislead
@@ -162,10 +165,17 @@ class Log:
         self.start_clock(step)
         self.write(step, samples, values | gauges)
         memory = f"  {gauges['peak_memory'] / 2**30:.2f} GiB" if "peak_memory" in gauges else ""
+        skipped = f"  skipped {values['skipped']:.0f}" if "skipped" in values else ""
         self.say(
             f"step {step:>{len(str(total))}}/{total}  loss {values['loss']:.4f}  lr {values['lr']:.2e}"
-            f"  |grad| {values['grad_norm']:.3f}{memory}{pace}"
+            f"  |grad| {values['grad_norm']:.3f}{skipped}{memory}{pace}"
         )
+
+    def changes(self, step: int, samples: int, changes: Sequence[str]) -> None:
+        """Write what a continued run has other than up to here."""
+        line = {"step": step, "samples": samples, "changes": list(changes), "time": time.time()}
+        self.append("metrics.jsonl", json.dumps(line) + "\n")
+        self.say(f"changed from step {step} on: the run was begun with {'; '.join(changes)}")
 
     def val(self, step: int, samples: int, losses: Mapping[str, Tensor | float]) -> None:
         """Write the loss of each validation set by its name [nats per token]."""
@@ -177,20 +187,19 @@ class Log:
     def sample(self, step: int, prompt: str, text: str | None) -> None:
         if self.folder is None or text is None:
             return
-        with (self.folder / "samples.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, "prompt": prompt, "text": text}) + "\n")
+        self.append("samples.jsonl", json.dumps({"step": step, "prompt": prompt, "text": text}) + "\n")
         self.say(f"step {step}: sample\n" + "\n".join(f"    | {line}" for line in (prompt + text).splitlines()))
         if self.board is not None:
             self.board.add_text("sample", f"```\n{prompt}{text}\n```", step)
 
     def write(self, step: int, samples: int, values: dict[str, float]) -> None:
-        if self.lines is None:
+        if self.folder is None:
             return
         tokens = samples * self.progress.seq_len
         # JSON has no NaN and no infinity: a diverged run's values are null.
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
         line = {"step": step, "samples": samples, "tokens": tokens, **finite, "time": time.time()}
-        self.lines.write(json.dumps(line) + "\n")
+        self.append("metrics.jsonl", json.dumps(line) + "\n")
         tagged = {TAGS.get(key, f"train/{key}" if key[:5] == "loss/" else key): v for key, v in values.items()}
         if self.board is not None:
             for tag, value in tagged.items():
@@ -198,11 +207,24 @@ class Log:
         if self.wandb is not None:
             self.wandb.log(tagged, step=step)
 
+    def append(self, name: str, text: str) -> None:
+        """Add `text` to a file of the run; a ValueError where it cannot be, for a run without a log is blind."""
+        if self.folder is None:
+            return
+        path = self.folder / name
+        try:
+            with path.open("a") as file:
+                file.write(text)
+        except OSError as error:
+            raise ValueError(
+                f"{path} cannot be written ({error.strerror}); make room, and the same command continues from the "
+                "newest checkpoint"
+            ) from None
+
     def close(self) -> None:
         self.flush()
-        for writer in (self.lines, self.board):
-            if writer is not None:
-                writer.close()
+        if self.board is not None:
+            self.board.close()
         if self.wandb is not None:
             self.wandb.finish()
 

@@ -3,12 +3,12 @@
 import contextlib
 import functools
 import gc
-import json
+import itertools
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,38 +18,33 @@ from modalities import (
     checkpoint,
     devices,
     dist,
+    durable,
     fsdp,
     generate,
+    guard,
+    heartbeat,
     log,
     memory,
     optim,
     profiling,
+    saving,
     search,
     step,
+    stopping,
     trained,
 )
 from modalities.compiling import compile_seconds
-from modalities.config import differences, to_dict
+from modalities.config import to_dict
 from modalities.data import TrainData, open_val
+from modalities.folder import Place, describe_folder, find_place, kept
 from modalities.loss import Batch, choose
 from modalities.model import build_skeleton, flops_per_token, num_params
-from modalities.pbin import write_beside
-from modalities.recipe import Recipe, check_ranks, check_start, from_json
+from modalities.recipe import Recipe, check_start
 from modalities.rng import fold
 from modalities.step import TrainState
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-
-# A run's folder belongs to one recipe. These fields may differ when it is continued: they change nothing that is
-# computed but the order of roundings, and the random numbers of dropout.
-HARMLESS = (
-    "name", "log.", "checkpoint.", "eval.", "sample.", "data.names", "data.val", "data.tokenizer", "data.eod",
-    "model.attention", "loss.implementation", "loss.chunk_tokens", "parallel.micro_batch", "parallel.shard",
-    "parallel.replicate", "parallel.tensor", "parallel.reshard_after_forward", "parallel.blocks_per_unit",
-    "parallel.prefetch", "parallel.cpu_offload", "parallel.activation_checkpointing", "parallel.checkpoint_every",
-    "parallel.sync_gradients", "parallel.compile",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,10 +54,12 @@ class Run:
     data: TrainData
     train_step: step.TrainStep
     val: Mapping[str, Iterable[Batch]]
-    evaluate: Callable[[optim.Params], dict[str, Tensor]]
-    """Loss by name of the validation set."""
+    evaluate: Callable[[optim.Params, Callable[[], bool]], dict[str, Tensor]]
+    """Loss by name of the validation set; asks between batches whether to stop, and then gives none."""
     sample: Callable[[optim.Params, int], str | None]
     """Text generated at a step; None without a tokenizer."""
+    probe: guard.Probe
+    """A step's gradient once more, for a closer look at it."""
 
     def check_data(self, samples: int) -> None:
         """Read the first batches, so that data that cannot be used shows before the run has a folder."""
@@ -80,43 +77,68 @@ def train(recipe: Recipe, source: Path | None = None, profile: str | None = None
     parallel = recipe.parallel
     with (
         dist.setup(parallel.replicate, parallel.shard, parallel.tensor) as world,
+        heartbeat.beating(recipe.watchdog, world, recipe.folder) as beat,
         memory.running_out_is_explained(parallel.micro_batch),
     ):
-        saved, done = find_checkpoint(recipe, world)
-        steps = profiling.choose_steps(profile, done, recipe.steps)
-        run, state = start(recipe, source, world, saved)
+        place = find_place(recipe, world)
+        facts = {"recipe": kept(recipe), "fingerprints": dict(place.fingerprints)}
+        steps = profiling.choose_steps(profile, place.step, recipe.steps)
+        run, state = start(recipe, source, world, place)
         with (
-            contextlib.closing(open_log(recipe, world, run, state)) as out,
+            contextlib.closing(open_log(recipe, world, run, state, place.changes)) as out,
             profiling.watching(steps, recipe.folder / "profile", world.rank, world.device, out.say, out.aside) as watch,
             garbage_collected_together() as collect,
+            stopping.listening(world) as stop,
+            saving.saver(recipe.checkpoint, recipe.folder, world, facts, out.say, place.newest) as saver,
         ):
-            if state.step == 0 and recipe.eval.every:
-                out.val(state.step, state.samples, run.evaluate(state.params))
-            while state.step < recipe.steps:
+            roll_back = functools.partial(restore_newest, recipe.folder, world, saver)
+            guarded = guard.Guard(recipe.guard, run.probe, roll_back, out, world)
+
+            def interrupted() -> bool:
+                beat(state.step)  # a batch of an evaluation is progress too
+                return stop.now()
+
+            if lacks_evaluation(recipe, place):
+                out.val(state.step, state.samples, run.evaluate(state.params, interrupted))
+            while state.step < recipe.steps and not stop.signal:
                 with watch(state.step + 1):
                     batch = run.data.batch(state.samples)
                     state, metrics = run.train_step(state, batch)
                     out.train(state.step, state.samples, metrics)
+                state = guarded(state, batch)
                 collect(state.step)
+                beat(state.step)
+                agreed, losses = stop.agree(saver.overdue()), {}
 
-                if due(recipe.eval.every, state.step, recipe.steps):
+                if due(recipe.eval.every, state.step, recipe.steps) and not stop.signal:
                     with out.aside(state.step):
-                        out.val(state.step, state.samples, run.evaluate(state.params))
-                if due(recipe.sample.every, state.step, recipe.steps):
+                        losses = run.evaluate(state.params, interrupted)
+                        out.val(state.step, state.samples, losses)
+                if due(recipe.sample.every, state.step, recipe.steps) and not stop.signal:
                     with out.aside(state.step):
                         out.sample(state.step, recipe.sample.prompt, run.sample(state.params, state.step))
-                if due(recipe.checkpoint.every, state.step, recipe.steps):
+                if saver.due(state.step, recipe.steps) or agreed.save or stop.signal:
                     with out.aside(state.step):
-                        saved = checkpoint.save(recipe.folder, state, to_dict(recipe), world.is_main)
-                        out.say(f"step {state.step}: saved {saved}")
-        if world.is_main:
+                        saver.save(state, losses, now=bool(stop.signal) or state.step == recipe.steps)
+            saved = saver.latest
+        if world.is_main and not stop.signal:
             print(summary(recipe, saved))
+    stop.leave(state.step, saved)
     return recipe.folder
 
 
 def due(every: int, now: int, last: int) -> bool:
     """Whether something that happens every `every` steps (0: never) and at the end happens after step `now`."""
     return now == last or (every > 0 and now % every == 0)
+
+
+def restore_newest(folder: Path, world: dist.World, saver: saving.Saver, state: TrainState) -> TrainState | None:
+    """The state of the run's newest valid checkpoint, in the tensors of `state`; None if there is none."""
+    saver.wait()
+    with dist.all_or_none():
+        newest = checkpoint.newest(folder) if world.is_main else None
+    newest = dist.broadcast_from_main(newest)
+    return checkpoint.restore(newest, state) if newest else None
 
 
 @contextlib.contextmanager
@@ -144,29 +166,23 @@ def garbage_collected_together(every: int = 50) -> Iterator[Callable[[int], None
             gc.enable()
 
 
-def find_checkpoint(recipe: Recipe, world: dist.World) -> tuple[Path | None, int]:
-    """The newest checkpoint of the recipe's run, if there is one, and the steps that are done.
-
-    A ValueError if the recipe does not fit the ranks, or the folder is another's.
-    """
-    with dist.all_or_none():
-        check_ranks(recipe, world.size)
-        check_folder(recipe)
-        newest = checkpoint.newest(recipe.folder) if world.is_main else None
-    newest = dist.broadcast_from_main(newest)
-    return newest, int(newest.name.removeprefix("step-")) if newest else 0
+def lacks_evaluation(recipe: Recipe, place: Place) -> bool:
+    """Whether the state that a run begins with is to be evaluated: a new one, or one that a signal kept from it."""
+    if place.newest is None:
+        return recipe.eval.every > 0
+    return due(recipe.eval.every, place.step, recipe.steps) and "val" not in durable.read_facts(place.newest)
 
 
-def start(recipe: Recipe, source: Path | None, world: dist.World, newest: Path | None) -> tuple[Run, TrainState]:
-    """The run's functions, and its state from its `newest` checkpoint or anew; its folder described.
+def start(recipe: Recipe, source: Path | None, world: dist.World, place: Place) -> tuple[Run, TrainState]:
+    """The run's functions, and its state from its newest checkpoint or anew; its folder described.
 
     Whatever a user can have got wrong shows here, on all ranks, before the folder is touched.
     """
     chosen = search.resolve(recipe, world, build)
     with dist.all_or_none():
         run, state = build(chosen, world)
-    if newest:
-        state = checkpoint.restore(newest, state)
+    if place.newest:
+        state = checkpoint.restore(place.newest, state)
     elif recipe.model_from:
         with dist.all_or_none():
             # On one rank, for it hashes the whole checkpoint.
@@ -180,7 +196,7 @@ def start(recipe: Recipe, source: Path | None, world: dist.World, newest: Path |
         run.check_data(state.samples)
     hosts = dist.gather_objects(socket.gethostname())
     if world.is_main:
-        describe_folder(recipe, source, {"hosts": hosts})
+        describe_folder(recipe, source, {"hosts": hosts}, place)
     return run, state
 
 
@@ -212,14 +228,20 @@ def build(recipe: Recipe, world: dist.World) -> tuple[Run, TrainState]:
     def lr_at(i: int) -> float:
         return optim.learning_rate(recipe.optim, i, recipe.steps, recipe.tokens_after)
 
+    judge = guard.make_judge(recipe.guard)
     train_step = step.make_train_step(
-        grad_fn, optimizer, recipe.optim.grad_clip, lr_at, recipe.seed, world, sources, sync
+        grad_fn, optimizer, recipe.optim.grad_clip, lr_at, recipe.seed, world, sources, sync, judge
     )
+    probe = guard.make_probe(step.make_gradients(grad_fn, recipe.seed, world, sync), model)
     eval_loss_fn = step.make_loss_fn(model, dtype, train=False, loss=recipe.loss, compile_head=by_block)
     eval_step = step.make_eval_step(eval_loss_fn, sharded, whole, mode, world.data_group)
 
-    def evaluate(params: optim.Params) -> dict[str, Tensor]:
-        return {name: eval_step(params, batches) for name, batches in val.items()}
+    def evaluate(params: optim.Params, stopped: Callable[[], bool]) -> dict[str, Tensor]:
+        losses = {
+            name: eval_step(params, itertools.takewhile(lambda _: not stopped(), batches))
+            for name, batches in val.items()
+        }
+        return {} if stopped() else losses
 
     def sample(params: optim.Params, i: int) -> str | None:
         if tokenizer is None:
@@ -228,51 +250,19 @@ def build(recipe: Recipe, world: dist.World) -> tuple[Run, TrainState]:
         seed = fold(recipe.seed, "sample", i)
         return generate.continue_text(decoder, tokenizer, recipe.data.eod, recipe.sample, recipe.data.seq_len, seed)
 
-    return Run(data, train_step, val, evaluate, sample), TrainState(params, optimizer.init(params))
+    return Run(data, train_step, val, evaluate, sample, probe), TrainState(params, optimizer.init(params))
 
 
 def open_tokenizer(recipe: Recipe) -> "Tokenizer | None":
     """The run's tokenizer, its folder's own if it has one; None where no text is sampled."""
     if not (recipe.sample.every and recipe.data.tokenizer):
         return None
-    kept = recipe.folder / "tokenizer.json"
-    return generate.load_tokenizer(kept if kept.is_file() else Path(recipe.data.tokenizer), recipe.model.vocab_size)
+    own, given = recipe.folder / "tokenizer.json", Path(recipe.data.tokenizer)
+    changed = recipe.resume.allow_changes and given.is_file()
+    return generate.load_tokenizer(own if own.is_file() and not changed else given, recipe.model.vocab_size)
 
 
-def check_folder(recipe: Recipe) -> None:
-    """Raise ValueError if the run's folder belongs to a recipe that would give other weights."""
-    path = recipe.folder / "recipe.json"
-    if not path.exists():
-        return
-    for field, old, new in differences(from_json(path), recipe):
-        if not field.startswith(HARMLESS):
-            empty = "" if any(recipe.folder.glob("step-*")) else " (it holds no checkpoint: you may remove it)"
-            raise ValueError(
-                f"{recipe.folder} was begun with {field} {old!r}, not {new!r}{empty}; give this run another --name, "
-                "or the same recipe to continue that one"
-            )
-
-
-def describe_folder(recipe: Recipe, source: Path | None, facts: dict[str, Any]) -> None:
-    """Write into the run's folder, unless an earlier start did: recipe, its source, tokenizer, environment."""
-    files = {"environment.json": as_json(log.environment() | facts), "recipe.json": as_json(to_dict(recipe))}
-    if source is not None and source.suffix == ".py":
-        files["recipe.py"] = source.read_bytes()
-    if Path(recipe.data.tokenizer).is_file():
-        files["tokenizer.json"] = Path(recipe.data.tokenizer).read_bytes()
-        beside = (Path(recipe.data.tokenizer).with_name(name) for name in trained.TOKENIZER_FILES)
-        files |= {path.name: path.read_bytes() for path in beside if path.is_file()}
-    for name, content in files.items():
-        if not (recipe.folder / name).exists():
-            with write_beside(recipe.folder / name) as file:
-                file.write(content)
-
-
-def as_json(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()
-
-
-def open_log(recipe: Recipe, world: dist.World, run: Run, state: TrainState) -> log.Log:
+def open_log(recipe: Recipe, world: dist.World, run: Run, state: TrainState, changes: Sequence[str] = ()) -> log.Log:
     """The run's log on the main rank, with a first word about the run; a silent one on the others."""
     flops = flops_per_token(recipe.model, recipe.data.seq_len)
     dtype = recipe.parallel.compute_dtype
@@ -298,6 +288,8 @@ def open_log(recipe: Recipe, world: dist.World, run: Run, state: TrainState) -> 
         f"{recipe.steps} steps of {recipe.tokens_of_steps} tokens, {world.size} rank(s) on {world.device.type}, "
         f"{recipe.parallel.param_dtype}, {compiling}, loss {loss}"
     )
+    if changes:
+        out.changes(state.step, state.samples, changes)
     for fact in run.data.facts(recipe.data.samples_after(recipe.steps)):
         out.say(fact)
     return out

@@ -8,7 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.distributed
@@ -84,11 +84,22 @@ class OptimConfig:
                 raise ValueError(f"optim.decay_rules: {pattern!r} is not a regular expression: {error}") from None
 
 
+class Update(Protocol):
+    """`update(grads, opt_state, params, lr) -> (params, opt_state)`, in place.
+
+    `skip`: fp32 []; where it is 1 everything keeps its bits, whatever `grads` hold. It is read on the device alone.
+    """
+
+    def __call__(
+        self, grads: Params, opt_state: OptState, params: Params, lr: float, skip: Tensor | None = None
+    ) -> tuple[Params, OptState]: ...
+
+
 class Optimizer(NamedTuple):
-    """`init(params) -> opt_state` and `update(grads, opt_state, params, lr) -> (params, opt_state)`, in place."""
+    """`init(params) -> opt_state`, and the update that goes with it."""
 
     init: Callable[[Params], OptState]
-    update: Callable[[Params, OptState, Params, float], tuple[Params, OptState]]
+    update: Update
 
 
 def adamw(config: OptimConfig, names: Iterable[str]) -> Optimizer:
@@ -105,11 +116,15 @@ def adamw(config: OptimConfig, names: Iterable[str]) -> Optimizer:
         }
 
     @torch.no_grad()
-    def update(grads: Params, opt_state: OptState, params: Params, lr: float) -> tuple[Params, OptState]:
+    def update(
+        grads: Params, opt_state: OptState, params: Params, lr: float, skip: Tensor | None = None
+    ) -> tuple[Params, OptState]:
         for multiple, members in groups.items():
             # An element's update reads only that element, so a rank updates its own shard as a plain tensor.
             columns = (params, grads, opt_state["exp_avg"], opt_state["exp_avg_sq"])
             p, g, mean, square = ([local(column[name]) for name in members] for column in columns)
+            # The kernel itself would not wait for a copy to the CPU, where offloaded weights are.
+            found_inf = None if skip is None else skip.to(p[0].device)
             adamw_kernel(
                 p,
                 g,
@@ -125,6 +140,7 @@ def adamw(config: OptimConfig, names: Iterable[str]) -> Optimizer:
                 weight_decay=config.weight_decay * multiple,
                 eps=config.eps,
                 maximize=False,
+                found_inf=found_inf,
             )
         return params, opt_state
 
@@ -165,8 +181,8 @@ def global_norm(grads: Iterable[Tensor]) -> Tensor:
         groups: tuple[ProcessGroup, ...] = ()
         if isinstance(grad, DTensor):
             groups = tuple(grad.device_mesh.get_group(i) for i, p in enumerate(grad.placements) if not p.is_replicate())
-        # Not torch.linalg.vector_norm, whose fp32 sum on a CPU is off by 2e-5 at a million elements.
-        squares[groups].append(local(grad).square().sum())
+        # Row by row, for an fp32 norm of a million elements is off by 2e-5 on a CPU; and without a copy of the squares.
+        squares[groups].append(torch.linalg.vector_norm(local(grad), dim=-1).square().sum())
     sums = []
     for groups, parts in squares.items():
         sums.append(torch.stack(parts).sum())

@@ -1,6 +1,23 @@
-"""What torchrun tells a process of itself, without torch: the only reader of its environment."""
+"""What torchrun tells a process of itself, without torch: the only reader of its environment; and how a process ends.
 
+`modalities.run` is told of a process's end and progress in a folder, for torchrun's own exit status says neither.
+"""
+
+import json
 import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+STOPPED = 75
+"""Exit status: a signal came and the state is saved; the same command continues. It is EX_TEMPFAIL of sysexits.h."""
+HUNG = 76
+"""Exit status: a rank does not answer, or is gone."""
+CRASHED = 70
+"""What is reported of a traceback, of which Python's own exit status is 1. It is EX_SOFTWARE of sysexits.h."""
+REPORT = "MODALITIES_REPORT"
+"""In the environment: the folder that `modalities.run` reads."""
 
 
 def rank() -> int:
@@ -22,6 +39,56 @@ def local_world_size() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
+def master() -> tuple[str, int]:
+    """Host and port of the store at which the processes meet."""
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+
+
 def is_main() -> bool:
     """Whether this is the process that speaks for all, before and without a process group."""
     return rank() == 0
+
+
+def begin() -> None:
+    """What a process that trains does first: where `modalities.run` has started it, it says so and dies with it."""
+    if REPORT in os.environ:
+        die_with_parent()
+        report(f"{local_rank()}.json", {"pid": os.getpid()})
+
+
+def report_end(status: int, line: str = "") -> None:
+    """Leave in `<local rank>.json` the exit status of this process, and in a line why it ends."""
+    report(f"{local_rank()}.json", {"pid": os.getpid(), "status": status, "line": line})
+
+
+def report_progress(step: int) -> None:
+    """Leave in `progress.json` the step that is done; one process of each machine does."""
+    if local_rank() == 0:
+        report("progress.json", {"step": step})
+
+
+def report(name: str, facts: Mapping[str, int | str]) -> None:
+    """Write a file of the folder that `modalities.run` reads, whole or not at all; without such a folder nothing."""
+    folder = os.environ.get(REPORT)
+    if folder is None or not os.path.isdir(folder):
+        return
+    part = Path(folder, f".{name}.{os.getpid()}")
+    part.write_text(json.dumps(facts))
+    part.replace(Path(folder, name))
+
+
+def die_with_parent() -> None:
+    """Have Linux kill this process when the one that started it ends; elsewhere nothing is done."""
+    _prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def adopt_orphans() -> None:
+    """Have Linux make this process the parent of descendants whose own parent ends; elsewhere nothing is done."""
+    _prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
+
+
+def _prctl(option: int, value: int) -> None:
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(option, value)

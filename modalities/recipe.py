@@ -17,8 +17,11 @@ from modalities.checkpoint import CheckpointConfig
 from modalities.config import from_dict, to_dict
 from modalities.data import DataConfig, TrainData
 from modalities.dist import World, degrees
+from modalities.fingerprints import ResumeConfig
 from modalities.fsdp import ParallelConfig, check_split, without_missing_compiler
 from modalities.generate import SampleConfig
+from modalities.guard import GuardConfig
+from modalities.heartbeat import WatchdogConfig
 from modalities.log import LogConfig
 from modalities.loss import LossConfig
 from modalities.model import ModelConfig, flops_per_token, num_params
@@ -56,6 +59,9 @@ class Recipe:
     eval: EvalConfig = EvalConfig()
     sample: SampleConfig = SampleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    resume: ResumeConfig = ResumeConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
+    guard: GuardConfig = GuardConfig()
     log: LogConfig = LogConfig()
 
     def __post_init__(self) -> None:
@@ -205,7 +211,7 @@ def memory_per_rank(recipe: Recipe, ranks: int, device_type: str = "cpu") -> mem
     parallel, data = without_missing_compiler(recipe.parallel, torch.device(device_type)), recipe.data
     replicate, shard, tensor = degrees(ranks, parallel.replicate, parallel.shard, parallel.tensor)
     micro = 1 if parallel.micro_batch == "auto" else parallel.micro_batch
-    return memory.per_rank(
+    parts = memory.per_rank(
         recipe.model,
         parallel,
         recipe.loss,
@@ -216,6 +222,9 @@ def memory_per_rank(recipe: Recipe, ranks: int, device_type: str = "cpu") -> mem
         sharded=ranks > 1,
         device_type=device_type,
     )
+    if device_type == "cpu" and recipe.checkpoint.background:  # a GPU's copy lies in the host's memory
+        parts["copy being saved"] = 1.5 * parts["optimizer"]  # of two moments and the weights
+    return parts
 
 
 def dry_run(recipe: Recipe) -> None:

@@ -7,7 +7,7 @@ computed anew, which torch.func cannot do; and a backward pass over FSDP2's shar
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,9 @@ from modalities.rng import fold
 GradFn = Callable[[Params, Batch], tuple[Params, tuple[Tensor, Aux]]]
 Metrics = dict[str, Tensor | float]
 TrainStep = Callable[["TrainState", Batch], tuple["TrainState", Metrics]]
+Gradients = Callable[[Params, int, Batch], tuple[Params, tuple[Tensor, Aux]]]
+Judge = Callable[[Params, Tensor, Tensor], tuple[Params, Tensor]]
+"""`judge(guard, loss [], whether loss or gradient are not finite: bool []) -> (guard, 1 to skip the step: fp32 [])`."""
 EvalStep = Callable[[Params, Iterable[Batch]], Tensor]
 
 
@@ -65,6 +68,8 @@ class TrainState:
     step: int = 0
     samples: int = 0
     """Sequences consumed so far: the whole data cursor."""
+    guard: Params = field(default_factory=dict)
+    """What the guard remembers, by name: small tensors, the same on all ranks; empty where nothing is guarded."""
 
 
 def apply(
@@ -241,6 +246,32 @@ def source_losses(aux: Aux, sources: Sequence[str], group: ProcessGroup | None =
     return {f"loss/{source}": mean for source, mean in zip(sources, means_S, strict=True)}
 
 
+def make_gradients(grad_fn: GradFn, seed: int, world: World, sync: Callable[[bool], None] | None = None) -> Gradients:
+    """`gradients(params, step, batch)` for a rank's batch [A, B, T]: (gradients, (this rank's part of the loss, aux)).
+
+    `sync`: as in `accumulated_grads`.
+    """
+
+    def gradients(params: Params, step: int, batch: Batch) -> tuple[Params, tuple[Tensor, Aux]]:
+        torch.manual_seed(fold(seed, "dropout", step, world.rank))
+        return accumulated_grads(grad_fn, params, batch, world.data_group, sync)
+
+    return gradients
+
+
+def agreed(loss: Tensor, grad_norm: Tensor, world: World) -> tuple[Tensor, Tensor]:
+    """The loss [] of all ranks by this rank's part of it, and whether it or any rank's `grad_norm` is not finite.
+
+    Both have the same bits on all ranks, so that what is decided by them is decided alike.
+    """
+    bad = (~grad_norm.isfinite()).to(loss)
+    loss, bad = sum_over_ranks(torch.stack((loss, bad)), world.data_group)
+    if world.data_group is not None:
+        # Those that share a tensor have summed the same parts in groups of their own: here the main rank's sum counts.
+        loss, bad = sum_over_ranks(torch.stack((loss if world.is_main else torch.zeros_like(loss), bad)))
+    return loss, (bad > 0) | ~loss.isfinite()
+
+
 def make_train_step(
     grad_fn: GradFn,
     optimizer: Optimizer,
@@ -250,24 +281,29 @@ def make_train_step(
     world: World,
     sources: Sequence[str] = (),
     sync: Callable[[bool], None] | None = None,
+    judge: Judge | None = None,
 ) -> TrainStep:
     """`train_step(state, batch) -> (state, metrics)` for a rank's batch [A, B, T]; it consumes the state it gets.
 
-    `sources`: what the sources are called, if there are several. `sync`: as in `accumulated_grads`.
+    `sources`: what the sources are called, if there are several. `sync`: as in `accumulated_grads`. `judge`: says
+    whether the step is skipped, which then advances the cursor and the step's number, and changes nothing else.
     """
-    group = world.data_group
+    gradients = make_gradients(grad_fn, seed, world, sync)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        torch.manual_seed(fold(seed, "dropout", state.step, world.rank))
-        grads, (loss, aux) = accumulated_grads(grad_fn, state.params, batch, group, sync)
+        grads, (part, aux) = gradients(state.params, state.step, batch)
         lr = lr_at(state.step)
         with span("optimizer"):
             grad_norm = clip_by_global_norm(grads, grad_clip)
-            params, opt_state = optimizer.update(grads, state.opt_state, state.params, lr)
+            loss, is_bad = agreed(part, grad_norm, world)
+            guard, skip = judge(state.guard, loss, is_bad) if judge else (state.guard, None)
+            params, opt_state = optimizer.update(grads, state.opt_state, state.params, lr, skip)
         consumed = batch["inputs"].shape[0] * batch["inputs"].shape[1] * world.data_size
-        metrics: Metrics = {"loss": sum_over_ranks(loss, group), "lr": lr, "grad_norm": grad_norm}
-        metrics |= source_losses(aux, sources, group)
-        return TrainState(params, opt_state, state.step + 1, state.samples + consumed), metrics
+        metrics: Metrics = {"loss": loss, "lr": lr, "grad_norm": grad_norm}
+        metrics |= source_losses(aux, sources, world.data_group)
+        if "skipped" in guard:
+            metrics["skipped"] = guard["skipped"]
+        return TrainState(params, opt_state, state.step + 1, state.samples + consumed, guard), metrics
 
     return train_step
 

@@ -6,12 +6,10 @@ import resource
 import shutil
 import signal
 from pathlib import Path
-from traceback import StackSummary
 
 import pytest
 import tiny
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
 
 from modalities import checkpoint, dist, loop
 from modalities.config import to_dict
@@ -181,11 +179,6 @@ def test_weights_that_are_not_there_end_in_one_line(saved: Path) -> None:
         checkpoint.load_params(saved / "step-00000002", {"extra": torch.empty(3)})
 
 
-def test_an_interrupted_save_is_an_interrupt() -> None:
-    with pytest.raises(KeyboardInterrupt), checkpoint.one_line("a full disk"):
-        raise CheckpointException("write", {0: (KeyboardInterrupt(), StackSummary())})
-
-
 def save_on_a_full_disk(folder: Path) -> None:
     with dist.setup() as world:
         state = trained(folder, world, 1)
@@ -193,12 +186,11 @@ def save_on_a_full_disk(folder: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
         with pytest.raises(ValueError) as caught:
             checkpoint.save(folder / "run", state, {}, world.is_main)
-        # The cause itself does not come over from another rank.
-        why = r"\[Errno 27\] File too large|.*unexpected pos.*"
-        assert re.fullmatch(rf".*step-00000001 cannot be written \(({why})\); is the disk full\?", str(caught.value))
+        why = r"\[Errno 27\] File too large"
+        assert re.fullmatch(rf".*step-00000001 cannot be written \({why}\); is the disk full\?", str(caught.value))
 
 
 def test_a_full_disk_ends_in_one_line_on_all_ranks(tmp_path: Path) -> None:
     tiny.recipe(tmp_path)
     tiny.run_ranks(2, save_on_a_full_disk, tmp_path)
-    assert checkpoint.newest(tmp_path / "run") is None
+    assert not list((tmp_path / "run").iterdir())

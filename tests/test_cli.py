@@ -1,5 +1,6 @@
 """Flags, commands and recipes by name; a user's mistake is one line."""
 
+import json
 import os
 import subprocess
 import sys
@@ -119,7 +120,7 @@ def test_help_of_a_command_exits_with_success(capsys: pytest.CaptureFixture[str]
     assert "prog greet" in shown.out and "--tone" in shown.out and not shown.err
 
 
-def run_main(body: str, *args: str, debug: str = "") -> subprocess.CompletedProcess[str]:
+def run_main(body: str, *args: str, debug: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
     """`cli.run` of a main function with this body, in a process of its own."""
     code = f"import sys\nfrom modalities import cli\ndef main(argv):\n    {body}\ncli.run(main)"
     return subprocess.run(
@@ -128,7 +129,7 @@ def run_main(body: str, *args: str, debug: str = "") -> subprocess.CompletedProc
         capture_output=True,
         text=True,
         timeout=60,
-        env={**os.environ, "MODALITIES_DEBUG": debug},
+        env={**os.environ, "MODALITIES_DEBUG": debug, **variables},
     )
 
 
@@ -157,6 +158,31 @@ def test_run_passes_the_arguments_and_ends_quietly() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "['a', '--b']\n", "")
     done = run_main("raise KeyboardInterrupt")
     assert (done.returncode, done.stderr) == (130, "interrupted\n")
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "reported", "line"),
+    [
+        ("pass", 0, 0, ""),
+        ("raise ValueError('this is\\n   wrong')", 1, 1, "error: this is wrong"),
+        ("sys.exit('this is wrong')", 1, 1, "this is wrong"),
+        ("sys.exit(75)", 75, 75, ""),
+        ("raise KeyboardInterrupt", 130, 130, "interrupted"),
+        ("assert argv, 'ours'", 1, 70, "AssertionError: ours"),
+    ],
+)
+def test_the_end_is_left_for_the_supervisor(body: str, status: int, reported: int, line: str, tmp_path: Path) -> None:
+    """Python's own status of a crash is that of a mistake; the report tells them apart."""
+    done = run_main(body, MODALITIES_REPORT=str(tmp_path), RANK="5", LOCAL_RANK="3")
+    assert done.returncode == status
+    (file,) = tmp_path.iterdir()
+    told = json.loads(file.read_text())
+    assert file.name == "3.json" and (told["status"], told["line"]) == (reported, line) and told["pid"] > 0
+
+
+def test_a_folder_for_reports_that_is_gone_is_no_matter(tmp_path: Path) -> None:
+    done = run_main("print(1)", MODALITIES_REPORT=str(tmp_path / "gone"))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "1\n", "")
 
 
 def test_recipes_are_found_by_name_and_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

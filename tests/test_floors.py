@@ -12,20 +12,21 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "modalities"
 FLOORS = {
     0: {
-        "attention", "cli", "compiling", "config", "fields", "histogram", "log", "loss", "optim", "packing", "pairs",
+        "attention", "compiling", "config", "fields", "histogram", "log", "loss", "optim", "packing", "pairs",
         "profiling", "ranks", "rng", "sources",
     },
-    1: {"devices", "dist", "mixture", "model", "pbin"},
+    1: {"cli", "devices", "dist", "mixture", "model", "pbin"},
     2: {
-        "account", "corpus", "demo", "families", "files", "fsdp", "parts", "presets", "sequences", "step", "tokenizer",
-        "workplace",
+        "account", "corpus", "demo", "durable", "families", "files", "fingerprints", "fsdp", "heartbeat", "parts",
+        "presets", "run", "sequences", "step", "stopping", "tokenizer", "workplace",
     },
-    3: {"chat", "checkpoint", "data", "encode", "masks", "memory", "shuffle"},
-    4: {"describe", "pack", "trained"},
-    5: {"commands", "evaluate", "generate", "hf"},
-    6: {"recipe"},
-    7: {"search"},
-    8: {"loop"},
+    3: {"chat", "data", "encode", "guard", "masks", "memory", "shards", "shuffle"},
+    4: {"checkpoint", "describe", "pack"},
+    5: {"commands", "saving", "trained"},
+    6: {"evaluate", "generate", "hf"},
+    7: {"recipe"},
+    8: {"folder", "search"},
+    9: {"loop"},
 }  # fmt: skip
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 CORE = ("attention", "model", "data", "loss", "optim", "fsdp", "step", "loop", "checkpoint")

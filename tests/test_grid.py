@@ -15,7 +15,7 @@ from modalities.model import ModelConfig, build_skeleton
 from modalities.optim import OptimConfig
 from modalities.recipe import Recipe
 
-STEPS = 10
+STEPS, LR = 10, 1e-3
 # The third block is one that every_k passes over; grouped heads, their norms, a window and a softcap are all split.
 LLAMA = replace(tiny.MODEL, num_layers=3, qk_norm=True, logit_softcap=20.0, window=20)
 GPT2 = ModelConfig(
@@ -29,8 +29,9 @@ MESHES: dict[str, dict[str, int]] = {
     "fsdp4": {"shard": 4},
     "hsdp": {"replicate": 2, "shard": 2},
     "fsdp2-tp2": {"shard": 2, "tensor": 2},
+    "hsdp-tp2": {"replicate": 2, "shard": 1, "tensor": 2},
 }
-RANKS = {"one": 1, "fsdp2": 2, "tp2": 2, "fsdp4": 4, "hsdp": 4, "fsdp2-tp2": 4}
+RANKS = {"one": 1, "fsdp2": 2, "tp2": 2, "fsdp4": 4, "hsdp": 4, "fsdp2-tp2": 4, "hsdp-tp2": 4}
 MODES = ("none", "full", "every_k", "selective")
 Case = tuple[str, str, str]
 """A mesh, a kind of activation checkpointing, and what is compiled."""
@@ -45,7 +46,7 @@ def recipe_of(folder: Path, model: ModelConfig, case: Case, dtype: Any = "float3
         steps=STEPS,
         model=model,
         # AdamW divides by the gradient's size: where there is next to none, a larger eps keeps roundings small.
-        optim=OptimConfig(lr=1e-3, eps=1e-5),
+        optim=OptimConfig(lr=LR, eps=1e-5),
         parallel=ParallelConfig(micro_batch=2, param_dtype=dtype, **options),
     )
 
@@ -55,11 +56,11 @@ def train(folder: Path, model: ModelConfig, case: Case, world: dist.World, dtype
     recipe = recipe_of(folder, model, case, dtype)
     torch._dynamo.reset()
     run, state = loop.build(recipe, world)
-    losses = [run.evaluate(state.params)["val"]]
+    losses = [run.evaluate(state.params, lambda: False)["val"]]
     for _ in range(STEPS):
         state, metrics = run.train_step(state, run.data.batch(state.samples))
         losses.append(torch.as_tensor(metrics["loss"]))
-    losses.append(run.evaluate(state.params)["val"])
+    losses.append(run.evaluate(state.params, lambda: False)["val"])
     weights = {name: fsdp.whole(param.detach()) for name, param in state.params.items()}
     assert list(weights) == [name for name, _ in build_skeleton(model).named_parameters()]
     checkpoint.save(recipe.folder, state, to_dict(recipe), world.is_main)
@@ -99,7 +100,8 @@ def visit_all(folder: Path, model: ModelConfig, cases: list[Case], saved: list[C
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a.double() - b.double()).norm() / b.double().norm())
+    """Relative to `b`, or to the way that AdamW may have gone: a key's bias has no gradient but its roundings."""
+    return float((a.double() - b.double()).norm() / max(float(b.double().norm()), STEPS * LR * b.numel() ** 0.5))
 
 
 def check(folder: Path, cases: list[Case], loss_bound: float = 1e-5, weight_bound: float = 1e-5) -> None:
@@ -121,6 +123,7 @@ def check(folder: Path, cases: list[Case], loss_bound: float = 1e-5, weight_boun
 @pytest.mark.parametrize("model", [LLAMA, GPT2], ids=["llama", "gpt2"])
 def test_all_of_the_grid(tmp_path: Path, model: ModelConfig) -> None:
     cases = [(mesh, mode, compile) for mesh in MESHES for mode in MODES for compile in ("off", "model")]
+    cases.append(("one", "full", "block"))  # what "model" means as well where the model is sharded
     visit_all(tmp_path, model, cases, [])
     check(tmp_path, cases)
     visit_all(tmp_path, model, [], [(mesh, "none", "off") for mesh in MESHES])
@@ -128,10 +131,10 @@ def test_all_of_the_grid(tmp_path: Path, model: ModelConfig) -> None:
 
 @pytest.mark.slow
 def test_bf16_on_every_mesh(tmp_path: Path) -> None:
-    """Roundings of 2^-9 fall otherwise where sums are cut otherwise: within 1e-3 of the loss, 1e-2 of the weights."""
+    """Roundings of 2^-9 fall otherwise where sums are cut otherwise: within 1e-4 of the loss, 1e-2 of the weights."""
     cases = [(mesh, mode, "off") for mesh in MESHES for mode in ("none", "full")]
     visit_all(tmp_path, LLAMA, cases, [], "bfloat16")
-    check(tmp_path, cases, 1e-3, 1e-2)
+    check(tmp_path, cases, 1e-4, 1e-2)
 
 
 QUICK: list[Case] = [

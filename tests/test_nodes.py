@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import tiny
 import torch
 from test_loop import losses
+from test_run import wait_for
 from test_train import ROOT
 
 from modalities import loop
@@ -63,6 +65,39 @@ def test_the_slurm_script_is_bash() -> None:
     subprocess.run(["bash", "-n", str(SCRIPT)], check=True)
 
 
+def job_environment(folder: Path, slurm: Path) -> dict[str, str]:
+    """What Slurm gives to the script of a job on two nodes, its commands those in the folder `slurm`."""
+    for command in slurm.iterdir():
+        command.chmod(0o755)
+    job = {"SLURM_JOB_ID": f"{free_port()}", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1"}
+    job |= {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_SUBMIT_DIR": str(folder), "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **job, "PATH": f"{slurm}:{os.environ['PATH']}"}
+
+
+@pytest.mark.parametrize(("number", "queued"), [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
+def test_the_slurm_script_queues_itself_anew_when_its_time_is_up(
+    number: signal.Signals, queued: bool, tmp_path: Path
+) -> None:
+    """Before its time is up Slurm sends SIGUSR1 to the script; scancel sends SIGTERM to the step, as here."""
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").touch()
+    slurm = tmp_path / "slurm"
+    slurm.mkdir()
+    (slurm / "scontrol").write_text('#!/bin/bash\nif [ "$1" = requeue ]; then echo "$2" > queued; else echo here; fi\n')
+    # A step that takes its time to save.
+    (slurm / "srun").write_text(
+        '#!/bin/bash\ntrap "sleep 0.3; exit 75" USR1 TERM\necho $$ > step\nwhile true; do sleep 0.1; done\n'
+    )
+    environment = job_environment(tmp_path, slurm)
+    job = subprocess.Popen(["bash", str(SCRIPT), "--recipe", "two.json"], env=environment)
+    wait_for(lambda: (tmp_path / "step").exists() and (tmp_path / "step").read_text())
+    os.kill(job.pid if queued else int((tmp_path / "step").read_text()), number)
+    assert job.wait(30) == 75
+    assert (tmp_path / "queued").exists() == queued
+    if queued:
+        assert (tmp_path / "queued").read_text() == environment["SLURM_JOB_ID"] + "\n"
+
+
 # Both commands of the Makefile run in one; without, the script's `source .venv/bin/activate` has nothing to read.
 @pytest.mark.skipif(sys.prefix == sys.base_prefix, reason="the script activates a virtual environment")
 def test_the_slurm_script_with_two_agents_that_meet(recipe: Recipe, tmp_path: Path) -> None:
@@ -72,14 +107,11 @@ def test_the_slurm_script_with_two_agents_that_meet(recipe: Recipe, tmp_path: Pa
     slurm = tmp_path / "slurm"
     slurm.mkdir()
     (slurm / "scontrol").write_text("#!/bin/bash\necho localhost\necho other\n")
-    # Drops srun's own option, and runs the command once for each node.
-    (slurm / "srun").write_text('#!/bin/bash\nshift\n"$@" & first=$!\n"$@" & second=$!\nwait $first && wait $second\n')
-    for command in slurm.iterdir():
-        command.chmod(0o755)
-    job = {"SLURM_JOB_ID": f"{free_port()}", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1"}
-    job |= {"SLURM_JOB_NODELIST": "node[1-2]", "SLURM_SUBMIT_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    environment = {**os.environ, **job, "PATH": f"{slurm}:{os.environ['PATH']}"}
+    # Drops srun's own options, and runs the command once for each node.
+    (slurm / "srun").write_text(
+        '#!/bin/bash\nshift 2\n"$@" & first=$!\n"$@" & second=$!\nwait $first && wait $second\n'
+    )
     args = ["bash", str(SCRIPT), "--recipe", "two.json"]
-    done = subprocess.run(args, env=environment, capture_output=True, text=True)
+    done = subprocess.run(args, env=job_environment(tmp_path, slurm), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert_same_run(recipe)

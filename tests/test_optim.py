@@ -104,6 +104,23 @@ def test_update_is_in_place() -> None:
     assert {float(step) for step in new_state["step"].values()} == {1.0}
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1.0])
+def test_a_skipped_update_leaves_every_bit_and_the_next_one_is_as_if_it_had_not_been(bad: float) -> None:
+    params, other = random_tensors(0, torch.float32), random_tensors(0, torch.float32)
+    optimizer = adamw(CONFIG, params)
+    state, expected = optimizer.init(params), optimizer.init(other)
+    skip = torch.ones(())
+    for i in range(3):
+        held = [*params.values(), *(tensor for column in state.values() for tensor in column.values())]
+        before = [tensor.clone() for tensor in held]
+        optimizer.update({name: torch.full_like(p, bad) for name, p in params.items()}, state, params, 1e-2, skip)
+        assert all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(held, before, strict=True))
+        optimizer.update(random_tensors(1 + i, torch.float32), state, params, 1e-2, 1 - skip)
+        optimizer.update(random_tensors(1 + i, torch.float32), expected, other, 1e-2)
+    assert all(torch.equal(params[name], other[name]) for name in params)
+    assert {float(step) for step in state["step"].values()} == {3.0}
+
+
 def test_update_carries_no_graph() -> None:
     params: Params = {name: torch.nn.Parameter(p) for name, p in random_tensors(0, torch.float32).items()}
     optimizer = adamw(CONFIG, params)

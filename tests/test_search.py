@@ -15,7 +15,7 @@ import tiny
 import torch
 from test_loop import losses
 
-from modalities import compiling, devices, dist, loop, memory, search
+from modalities import compiling, devices, dist, loop, search
 from modalities.dist import World
 from modalities.recipe import Recipe, memory_per_rank
 
@@ -186,7 +186,7 @@ def test_several_gpus_are_not_filled_to_the_brim(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_is_not_tried(tmp_path: Path) -> None:
     recipe = auto(tiny.recipe(tmp_path))
-    two = memory.per_rank(recipe.model, recipe.parallel, recipe.loss, 2, 32, 4)
+    two = memory_per_rank(search.with_size(recipe, 2), 1)
     room = sum(two.values()) / search.FILL * 1.01
     assert search.attempt(search.with_size(recipe, 4), ONE, loop.build, room).verdict.startswith("would need 0.00 GiB")
     with pytest.raises(AssertionError, match="built"):

@@ -1,5 +1,6 @@
 """The step: two gradient implementations and a float64 reference agree, and the batch may be cut anyhow."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -244,6 +245,35 @@ def test_a_batch_without_targets_teaches_nothing() -> None:
         step.grad_and_value(loss_fn, sharded=False, compile=False), initial(tiny.MODEL), batch
     )
     assert loss == 0 and all((grad == 0).all() for grad in grads.values())
+
+
+def test_the_judge_sees_the_loss_and_a_step_that_it_skips_only_moves_the_cursor() -> None:
+    loss_fn = step.make_loss_fn(build_skeleton(tiny.MODEL), torch.float32, train=True)
+    grad_fn, params = step.grad_and_value(loss_fn, sharded=False, compile=False), initial(tiny.MODEL)
+    optimizer = adamw(OptimConfig(), params)
+    seen = []
+
+    def odd_steps(guard: Params, loss: torch.Tensor, is_bad: torch.Tensor) -> tuple[Params, torch.Tensor]:
+        seen.append((float(loss), bool(is_bad)))
+        return {"skipped": guard.get("skipped", torch.zeros(())) + len(seen) % 2}, torch.tensor(float(len(seen) % 2))
+
+    state = TrainState(params, optimizer.init(params))
+    train_step = step.make_train_step(grad_fn, optimizer, 1.0, lambda i: 1e-2, 0, WORLD, judge=odd_steps)
+    for i in range(1, 5):
+        before = {name: p.clone() for name, p in state.params.items()}
+        state, metrics = train_step(state, tiny.batch(tiny.MODEL, (2, 2, 32), seed=i))
+        unchanged = [torch.equal(p, before[name]) for name, p in state.params.items()]
+        assert all(unchanged) if i % 2 else not any(unchanged)
+        assert (state.step, state.samples, metrics["skipped"]) == (i, 4 * i, (i + 1) // 2)
+        assert seen[-1] == (float(metrics["loss"]), False)
+    assert {float(count) for count in state.opt_state["step"].values()} == {2.0}
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(1.0, math.nan), (1.0, math.inf), (math.nan, 1.0), (-math.inf, 1.0)])
+def test_a_loss_or_a_gradient_that_is_not_finite_is_bad(loss: float, norm: float) -> None:
+    value, is_bad = step.agreed(torch.tensor(loss), torch.tensor(norm), WORLD)
+    assert is_bad and not step.agreed(torch.tensor(1.0), torch.tensor(1.0), WORLD)[1]
+    torch.testing.assert_close(value, torch.tensor(loss), equal_nan=True)
 
 
 def test_a_step_depends_on_its_arguments_alone() -> None:

@@ -175,23 +175,24 @@ def test_a_backend_that_cannot_run_leaves_no_folder(here: Path) -> None:
 
 
 def test_gpt2_60m_on_one_and_two_ranks(here: Path) -> None:
-    """The recipe's own command with fewer layers and tokens; `make test-all` runs the model whole."""
-    args = ("--recipe", "gpt2_60m", "--steps", "20", "--model.num-layers", "1", "--data.seq-len", "32")
-    same_losses(args, here)
+    """The recipe's own command with fewer steps, layers, words and tokens; `make test-all` runs the model whole."""
+    small = ("--model.num-layers", "1", "--model.vocab-size", "8192", "--data.seq-len", "32")
+    same_losses(5, small, here)
 
 
 @pytest.mark.slow
 def test_gpt2_60m_whole_on_one_and_two_ranks(here: Path) -> None:
-    same_losses(("--recipe", "gpt2_60m", "--steps", "20", "--data.seq-len", "64"), here)
+    same_losses(20, ("--data.seq-len", "64"), here)
 
 
-def same_losses(args: tuple[str, ...], here: Path) -> None:
+def same_losses(steps: int, args: tuple[str, ...], here: Path) -> None:
+    args = ("--recipe", "gpt2_60m", "--steps", f"{steps}", *args)
     args += ("--data.global-batch", "4", "--parallel.micro-batch", "2", "--log.every", "1", "--data.val")
     args += ("--parallel.param-dtype", "float32", "--parallel.compile=off", "--checkpoint.every", "0")
     train(*args, "--name", "one", cwd=here)
     train(*args, "--name", "two", cwd=here, ranks=2)
     one, two = losses(here / "runs/one"), losses(here / "runs/two")
-    assert len(one) == 20
+    assert len(one) == steps
     torch.testing.assert_close(two, one, rtol=1e-4, atol=0)
 
 

@@ -1,0 +1,160 @@
+"""The rows of `faults.py` about files: no room to write them, damage to what was written, and malice in it."""
+
+import contextlib
+import os
+import pickle
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from benchmarks.victims import ROOT, Ranks, Result, Trial, checkpoint_at, command, edited, newest, same
+from modalities import durable, shards
+from modalities.pbin import open_pbin
+
+PAGE = 4096  # bytes
+
+
+def full_disks(trial: Trial) -> Result:
+    """No room for the checkpoint (a limit of file sizes on rank 1), the log (/dev/full), a `.pbin` (the limit)."""
+    straight, passed = trial.straight(), []
+
+    def limited(rank: int) -> None:
+        if rank == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    def full_log(rank: int) -> None:
+        log = trial.run("full-log") / "metrics.jsonl"
+        if rank == 0:
+            log.unlink()
+            log.symlink_to("/dev/full")
+
+    for name, hook, words in (("full", limited, "cannot be written"), ("full-log", full_log, "metrics.jsonl")):
+        run = trial.begun(name, straight.name, 2)
+        launch = Ranks(trial.folder, 2, command(name, 6, "--checkpoint.every", 2), hook)
+        statuses, errors = launch.wait(), [line for line in launch.err().splitlines() if "warning: " not in line]
+        one_line = len(errors) <= len(statuses) and any(words in line for line in errors)  # each rank may say it
+        older = newest(run) == checkpoint_at(run, 2) and same(checkpoint_at(run, 2), checkpoint_at(straight, 2))
+        passed.append(trial.holds(1 in statuses and one_line and older, launch))
+
+    corpus, tokenizer = trial.folder / "docs.jsonl", Tokenizer(models.WordLevel({"<|endoftext|>": 0, "a": 1}, "a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(trial.folder / "words.json"))
+    corpus.write_text(f'{{"text": "{"a " * 50}"}}\n' * 2000)
+    pack = ["pack", str(corpus), "--tokenizer", "words.json", "--out", "full.pbin"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "prep.py"), *pack], cwd=trial.folder, capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000)),
+    )  # fmt: skip
+    errors = done.stderr.splitlines()
+    passed.append(done.returncode == 1 and len(errors) == 1 and not (trial.folder / "full.pbin").exists())
+    return Result(len(passed), sum(passed), "one line each; the older checkpoint loads")
+
+
+def flips(trial: Trial) -> Result:
+    """Bits flipped, files cut short, pages zeroed and files gone in the newest checkpoint."""
+    run = trial.begun("flipped", trial.straight().name, 4)
+    shutil.copytree(checkpoint_at(trial.straight(), 6), checkpoint_at(run, 6))
+    files = sorted(path for path in checkpoint_at(run, 6).iterdir())
+    counts = {"bit flips": 200, "truncations": 50, "zeroed pages": 20, "missing": len(files)}
+    found = dict.fromkeys(counts, 0)
+    for kind, count in counts.items():
+        for i in range(count):
+            # Every byte is as likely as any other, whichever file it is in.
+            (path,) = trial.random.choices(files, [file.stat().st_size for file in files])
+            path = files[i] if kind == "missing" else path
+            with edited(path):
+                damage(path, kind, trial.random)
+                found[kind] += newest(run) == checkpoint_at(run, 4)
+    assert newest(run) == checkpoint_at(run, 6), "undone, it is whole again"
+    return Result(sum(counts.values()), sum(found.values()), ", ".join(f"{n} {kind}" for kind, n in found.items()))
+
+
+def damage(path: Path, kind: str, rng: random.Random) -> None:
+    content = bytearray(path.read_bytes())
+    place = rng.randrange(len(content))
+    match kind:
+        case "bit flips":
+            content[place] ^= 1 << rng.randrange(8)
+        case "truncations":
+            del content[place:]
+        case "zeroed pages":
+            begin = place // PAGE * PAGE
+            page = content[begin : begin + PAGE]
+            content[begin : begin + PAGE] = bytes(len(page)) if any(page) else b"\1" * len(page)
+    path.unlink() if kind == "missing" else path.write_bytes(content)
+
+
+class Malice:
+    """Unpickled, it runs a command."""
+
+    def __init__(self, function: Callable[..., Any], *args: object) -> None:
+        self.function, self.args = function, args
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[object, ...]]:
+        return self.function, self.args
+
+
+def malice(trial: Trial) -> Result:
+    """Pickles that would run a command: in each file of a checkpoint, its hashes made right, and in a `.pbin`."""
+    run = trial.begun("malice", trial.straight().name, 4)
+    proof, folder = trial.folder / "executed", checkpoint_at(run, 4)
+    touch = f"open({str(proof)!r}, 'w').close()"
+    things = [Malice(os.system, f"touch {proof}"), Malice(eval, touch), Malice(exec, touch)]
+    things.append(Malice(subprocess.check_call, ["touch", str(proof)]))
+    executed = tried = 0
+    for path in sorted(folder.iterdir()):
+        for thing in things:
+            for content in (pickle.dumps(thing), as_tensor_file(thing)):
+                with edited(path), edited(folder / durable.MANIFEST):
+                    path.write_bytes(content)
+                    if path.name != durable.MANIFEST:
+                        manifest = durable.read_facts(folder)
+                        manifest["files"][path.name] = durable.hash_file(path)
+                        durable.write_manifest(
+                            folder,
+                            {k: v for k, v in manifest.items() if k not in ("files", "sha256")},
+                            manifest["files"],
+                        )
+                    attempt(folder)
+                tried, executed = tried + 1, executed + proof.exists()
+                proof.unlink(missing_ok=True)
+    for thing in things:
+        source = (trial.folder / "web.pbin").read_bytes()
+        (trial.folder / "evil.pbin").write_bytes(source[: 12 + 1100] + pickle.dumps([thing], 4))
+        with contextlib.suppress(ValueError):  # that it is refused is as good as that it is read as nothing
+            _ = open_pbin(trial.folder / "evil.pbin").index
+        tried, executed = tried + 1, executed + proof.exists()
+        proof.unlink(missing_ok=True)
+    # The same pickles are dangerous to a reader that trusts them.
+    pickle.loads(pickle.dumps(things[1]))
+    assert proof.exists()
+    return Result(tried, tried - executed, f"{executed} executions")
+
+
+def as_tensor_file(thing: Malice) -> bytes:
+    """What torch.save makes of it."""
+    with tempfile.TemporaryFile() as file:
+        torch.save(thing, file)
+        file.seek(0)
+        return file.read()
+
+
+def attempt(folder: Path) -> None:
+    """Read a checkpoint as far as it goes: find it, and load all of its tensors."""
+    with contextlib.suppress(ValueError):  # that it is refused is hoped for; whether it executed is counted
+        if newest(folder.parent) is not None:
+            files = durable.read_facts(folder)["files"]
+            names = shards.read_metadata(folder, files).state_dict_metadata
+            tensors = {name: facts for name, facts in names.items() if isinstance(facts, TensorStorageMetadata)}
+            state = {name: torch.empty(facts.size, dtype=facts.properties.dtype) for name, facts in tensors.items()}
+            shards.read(shards.Reader(folder, files), state)
