@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from modalities import durable, shards
+from modalities import durable
 from modalities.dist import all_or_none, broadcast_from_main, gather_objects
 from modalities.durable import read_manifest
 from modalities.optim import Params, local
@@ -78,6 +78,8 @@ def save(
     say; None: the state's own. `group`: all ranks, by another way than that of training, should that go on meanwhile.
     A ValueError on all ranks, and nothing left behind, where it fails on any.
     """
+    from modalities import shards  # not above: it loads slowly, and a run would rather take its first step
+
     path = path_of(run, state.step)
     part = path.with_suffix(".tmp")
     with one_line(f"{path} cannot be written ({{why}}); is the disk full?"):
@@ -163,6 +165,8 @@ def load_params(path: Path, params: Params) -> Params:
 
 def read(path: Path, tensors: dict[str, Any], problem: str) -> dict[str, Any]:
     """Read the `tensors` of a checkpoint in place; returns its manifest. `problem` is what a ValueError says."""
+    from modalities import shards
+
     with one_line(problem):
         with all_or_none():
             manifest = durable.read_facts(path)
