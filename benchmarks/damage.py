@@ -1,6 +1,7 @@
 """The rows of `faults.py` about files: no room to write them, damage to what was written, and malice in it."""
 
 import contextlib
+import io
 import os
 import pickle
 import random
@@ -118,16 +119,17 @@ def malice(trial: Trial) -> Result:
                 with edited(path), edited(folder / durable.MANIFEST):
                     path.write_bytes(content)
                     if path.name != durable.MANIFEST:
-                        manifest = durable.read_facts(folder)
-                        manifest["files"][path.name] = durable.hash_file(path)
-                        durable.write_manifest(
-                            folder,
-                            {k: v for k, v in manifest.items() if k not in ("files", "sha256")},
-                            manifest["files"],
-                        )
+                        make_right(folder, path)
                     attempt(folder)
                 tried, executed = tried + 1, executed + proof.exists()
                 proof.unlink(missing_ok=True)
+    for path in sorted(folder.glob("*.distcp")):
+        for thing in things:
+            with edited(path), edited(folder / shards.METADATA), edited(folder / durable.MANIFEST):
+                point_at(folder, path, as_tensor_file(thing))
+                attempt(folder)
+            tried, executed = tried + 1, executed + proof.exists()
+            proof.unlink(missing_ok=True)
     for thing in things:
         source = (trial.folder / "web.pbin").read_bytes()
         (trial.folder / "evil.pbin").write_bytes(source[: 12 + 1100] + pickle.dumps([thing], 4))
@@ -138,7 +140,30 @@ def malice(trial: Trial) -> Result:
     # The same pickles are dangerous to a reader that trusts them.
     pickle.loads(pickle.dumps(things[1]))
     assert proof.exists()
+    proof.unlink()
+    torch.load(io.BytesIO(as_tensor_file(things[1])), weights_only=False)
+    assert proof.exists()
     return Result(tried, tried - executed, f"{executed} executions")
+
+
+def make_right(folder: Path, *paths: Path) -> None:
+    """Give a checkpoint's manifest the sizes and hashes that the files have now."""
+    manifest = durable.read_facts(folder)
+    for path in paths:
+        manifest["files"][path.name] = durable.hash_file(path)
+    facts = {key: value for key, value in manifest.items() if key not in ("files", "sha256")}
+    durable.write_manifest(folder, facts, manifest["files"])
+
+
+def point_at(folder: Path, path: Path, evil: bytes) -> None:
+    """Make `path` hold `evil`, and `.metadata` say that each of its tensors is all of that."""
+    metadata = shards.read_metadata(folder, durable.read_facts(folder)["files"])
+    for info in metadata.storage_data.values():
+        if info.relative_path == path.name:
+            info.offset, info.length = 0, len(evil)
+    path.write_bytes(evil)
+    (folder / shards.METADATA).write_bytes(pickle.dumps(metadata))
+    make_right(folder, path, folder / shards.METADATA)
 
 
 def as_tensor_file(thing: Malice) -> bytes:

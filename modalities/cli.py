@@ -24,7 +24,8 @@ T = TypeVar("T")
 def run(main: Callable[[list[str]], Any]) -> None:
     """Run `main(argv)`; a `ValueError`, `OSError` or missing package ends in one line on stderr and exit status 1.
 
-    `MODALITIES_DEBUG=1` in the environment shows the traceback instead. Other ends are named in `ranks`.
+    `MODALITIES_DEBUG=1` in the environment shows the traceback instead. Other ends, and what is reported of those that
+    a new start may change, are named in `ranks`.
     """
     ranks.begin()
     status, line = ranks.CRASHED, ""
@@ -41,7 +42,7 @@ def run(main: Callable[[list[str]], Any]) -> None:
         )
         raise
     except (ValueError, OSError, ImportError) as error:
-        status, line = 1, f"error: {' '.join(str(error).split())}"
+        status, line = ranks.status_of(error), f"error: {' '.join(str(error).split())}"
         if os.environ.get("MODALITIES_DEBUG") == "1":
             raise
         sys.exit(line)

@@ -84,7 +84,7 @@ def degrees(size: int, replicate: int, shard: int, tensor: int) -> tuple[int, in
     if shard == -1:
         shard = max(1, size // (replicate * tensor))
     if replicate * shard * tensor != size:
-        raise ValueError(
+        raise ranks.RanksError(
             f"parallel.replicate {replicate} × parallel.shard {shard} × parallel.tensor {tensor} = "
             f"{replicate * shard * tensor}, but the number of ranks is {size}; change one of them"
         )
@@ -114,11 +114,13 @@ def setup(replicate: int = 1, shard: int = -1, tensor: int = 1) -> Iterator[Worl
     torch.use_deterministic_algorithms(device.type == "cpu")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if size <= 1:
+        ranks.meet()
         yield World(0, 1, device, None)
         return
     # Two back ends under CUDA: metrics and checkpoints also move CPU tensors.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     torch.distributed.init_process_group(backend)
+    ranks.meet()
     try:
         sizes = {name: n for name, n in sizes.items() if n > 1 or name == "shard"}
         mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from modalities.config import printable
 from modalities.pbin import fsync
 
 MANIFEST = "manifest.json"
@@ -111,7 +112,8 @@ def read_facts(folder: Path) -> dict[str, Any]:
         step, _ = int(manifest["step"]), int(manifest["samples"])
         names = [name for name, facts in manifest["files"].items() if (int(facts["size"]), str(facts["sha256"]))]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder} is no checkpoint: its {MANIFEST} is missing or broken ({error!r})") from None
+        why = printable(repr(error))
+        raise ValueError(f"{folder} is no checkpoint: its {MANIFEST} is missing or broken ({why})") from None
     # As text, for a number's last digit may change and its value not.
     whole = text == as_text(manifest) if "sha256" in manifest else manifest.keys() == FIRST_KEYS
     # A name with a path in it would lead out of the folder.
@@ -126,7 +128,11 @@ def read_sizes(folder: Path) -> dict[str, Any]:
     """The manifest of a folder whose files have the sizes that it states, else a ValueError; no file is read."""
     manifest = read_facts(folder)
     for name, facts in manifest["files"].items():
-        if not (folder / name).is_file() or (folder / name).stat().st_size != facts["size"]:
+        try:
+            whole = (folder / name).is_file() and (folder / name).stat().st_size == facts["size"]
+        except OSError as error:
+            raise ValueError(f"{folder} is damaged: {name} cannot be looked at ({error.strerror})") from None
+        if not whole:
             raise ValueError(f"{folder} is damaged: {name} is missing or not what was saved")
     return manifest
 

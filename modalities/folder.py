@@ -3,15 +3,19 @@
 It belongs to one recipe and to the data that it began with. What is trained there is not known here.
 """
 
+import contextlib
+import fcntl
 import json
+import os
+import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from modalities import checkpoint, dist, fingerprints, log, trained
-from modalities.config import differences, to_dict
+from modalities.config import differences, printable, to_dict
 from modalities.fingerprints import ResumeConfig
 from modalities.pbin import write_beside
 from modalities.recipe import OF_WEIGHTS, Recipe, check_ranks, from_json
@@ -26,6 +30,7 @@ HARMLESS = (
     "parallel.checkpoint_every", "parallel.sync_gradients", "parallel.compile", "guard.max_bad_steps",
     "guard.replicas_every",
 )  # fmt: skip
+LOCK = ".lock"
 FILES = ("data.train", "data.masks")
 """These may lie elsewhere, as long as they hold the same."""
 
@@ -46,10 +51,44 @@ class Place:
         return int(self.newest.name.removeprefix("step-")) if self.newest else 0
 
 
-def find_place(recipe: Recipe, world: dist.World) -> Place:
+@contextlib.contextmanager
+def holding(folder: Path) -> Iterator[Callable[[], None]]:
+    """`hold()` makes a run's folder this process's own until the block ends; a ValueError if another process has it.
+
+    A folder that is not there yet is left so. Two starts in one folder would write each other's checkpoints.
+    """
+    has = False
+    with contextlib.ExitStack() as held:
+
+        def hold() -> None:
+            nonlocal has
+            if has or not folder.is_dir():
+                return
+            file = held.enter_context((folder / LOCK).open("a+"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                owner = printable(file.read().strip())
+                raise ValueError(
+                    f"{folder} is in use by {owner}; wait for it, stop it, or give another --name"
+                ) from None
+            except OSError as error:  # some file systems have no locks
+                print(f"warning: {folder} cannot be locked ({error}); start no second run in it", file=sys.stderr)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            has = True
+
+        yield hold
+
+
+def find_place(recipe: Recipe, world: dist.World, hold: Callable[[], None]) -> Place:
     """Where the recipe's run goes on; a ValueError if it does not fit the ranks, or the folder is another's."""
     with dist.all_or_none():
         check_ranks(recipe, world.size)
+        if world.is_main:
+            hold()
         found = check_folder(recipe) if world.is_main else None
     place = dist.broadcast_from_main(found)
     assert place is not None
@@ -78,7 +117,8 @@ def check_folder(recipe: Recipe) -> Place:
         print(f"warning: {differing.pop(name)}; from here on its curve is of other data", file=sys.stderr)
     if differing and not recipe.resume.allow_changes:
         raise refusal(recipe, [*differing.values()])
-    return Place(newest, marks, (*changes, *differing.values()))
+    # What is not there today is compared with what it was when it is there again.
+    return Place(newest, saved | marks, (*changes, *differing.values()))
 
 
 def refusal(recipe: Recipe, changes: list[str], why: str = "") -> ValueError:

@@ -49,7 +49,8 @@ class GuardConfig:
     """Losses that a spike is measured by; before there are so many nothing is a spike."""
     spike_action: Literal["skip", "rollback"] = "skip"
     """skip: the spike changes no weight; rollback: back to the newest checkpoint, and on with the sequences after the
-    spike. To see it at once, rollback waits for the loss of each step."""
+    spike, so that all since the checkpoint are passed over, not the spike's alone: those of up to `checkpoint.every`
+    steps. To see it at once, rollback waits for the loss of each step."""
     replicas_every: int = 0
     """Steps between two checks that ranks which should hold the same bits do, and that a gradient computed again is the
     same to the bit (two more gradients; not on GPUs, which add in any order); 0: never."""
@@ -313,9 +314,10 @@ def repeats(device: torch.device) -> bool:
 class Guard:
     """`state = guard(state, batch)` after each step: goes on, rolls back, or ends the run with a line (ValueError).
 
-    `restore`: the state of the newest checkpoint, in the tensors of the one it is given; None where there is none. On a
-    GPU the counts are read each `max_bad_steps` steps, one step late; on a CPU, and for a rollback, at each. Whatever
-    is read, all ranks read the same and do the same. Ending the run saves nothing.
+    `restore`: the state of the newest checkpoint, in the tensors of the one it is given; None where there is none.
+    `last`: the run's last step. Each step's counts are read: on a GPU a step late, so that the host never waits for the
+    step that was just started; at once on a CPU, for a rollback, and after the last step, of which no later one tells.
+    All ranks read the same and do the same. Ending the run saves nothing.
     """
 
     config: GuardConfig
@@ -323,6 +325,7 @@ class Guard:
     restore: Callable[[TrainState], TrainState | None]
     out: Log
     world: dist.World
+    last: int
     pending: Reading | None = None
     rollbacks: Counter[int] = field(default_factory=Counter)
     """By the step of the checkpoint."""
@@ -347,12 +350,11 @@ class Guard:
         return state
 
     def readings(self, state: TrainState, batch: Batch) -> Iterable[Reading]:
-        if self.world.device.type == "cpu" or self.config.rolls_back:
-            return [Reading(state, batch)]
-        due, self.pending = self.pending, None
-        if state.step % self.config.max_bad_steps == 0:
-            self.pending = Reading(state, batch)
-        return [due] if due else []
+        """What is to be waited for after this step, the earlier first."""
+        before, now = self.pending, Reading(state, batch)
+        late = self.world.device.type != "cpu" and not self.config.rolls_back and state.step < self.last
+        self.pending = now if late else None
+        return [reading for reading in (before, None if late else now) if reading]
 
     def why_it_stops(self, reading: Reading, in_row: int, verdict: int) -> str:
         state, samples = reading.state, samples_of(reading.state, reading.batch, self.world)
@@ -380,7 +382,10 @@ class Guard:
                 f"the loss spiked again after {MAX_ROLLBACKS} rollbacks to step {restored.step}, at step {state.step} "
                 f"with samples {samples}; raise guard.spike_sigma, lower optim.lr, or look at these samples"
             )
-        self.out.say(f"step {state.step}: a loss spike; back to step {restored.step}, and on after samples {samples}")
+        self.out.say(
+            f"step {state.step}: a loss spike with samples {samples}; back to step {restored.step}, passing over "
+            f"{state.samples - restored.samples} sequences, {restored.samples} to {state.samples - 1}"
+        )
         self.out.start_clock(restored.step)
         return replace(restored, samples=state.samples)
 

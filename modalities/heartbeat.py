@@ -28,7 +28,7 @@ from modalities.dist import World
 TICK = 1.0
 """Seconds between two looks at the others."""
 GRACE = 5.0
-"""Seconds that the main thread has to end by itself, when the store is gone."""
+"""Seconds that the main thread has to end by itself, when the store is gone; and that last words may take."""
 VERDICT = "verdict"
 
 
@@ -196,18 +196,24 @@ class Heartbeat:
 
     def end(self, why: str) -> None:
         """Save the stacks of all threads and end this process, whatever its main thread waits for."""
+        # The disk may be what hangs or is full, and nobody may read stderr; the end must come.
+        alarm = threading.Timer(GRACE, os._exit, (ranks.HUNG,))
+        alarm.daemon = True
+        alarm.start()
         self.ending.acquire()  # for good: another thread may have come to an end too
-        line = f"rank {self.world.rank}: {why}; ending"
-        with contextlib.suppress(OSError):  # the disk may be what hangs or is full; the end must come
-            path = self.folder / "hang" / f"{time.strftime('%Y%m%d-%H%M%S')}-rank-{self.world.rank}.txt"
+        path = self.folder / "hang" / f"{time.strftime('%Y%m%d-%H%M%S')}-rank-{self.world.rank}.txt"
+        line = f"rank {self.world.rank}: {why}; ending, stacks in {path}"
+        try:
+            ranks.say(line)
+            self.report_progress()
+            ranks.report_end(ranks.HUNG, line)
             path.parent.mkdir(parents=True, exist_ok=True)
             with path.open("w") as file:
                 faulthandler.dump_traceback(file)
-            line += f", stacks in {path}"
-        os.write(2, f"{line}\n".encode())
-        self.report_progress()
-        ranks.report_end(ranks.HUNG, line)
-        os._exit(ranks.HUNG)
+        except OSError as error:
+            ranks.say(f"rank {self.world.rank}: the stacks could not be saved ({error})")
+        finally:
+            os._exit(ranks.HUNG)
 
     def name_lost(self) -> str:
         """The ranks of this machine that are gone, in words, as far as can be seen within a second."""

@@ -36,7 +36,7 @@ from modalities import (
 from modalities.compiling import compile_seconds
 from modalities.config import to_dict
 from modalities.data import TrainData, open_val
-from modalities.folder import Place, describe_folder, find_place, kept
+from modalities.folder import Place, describe_folder, find_place, holding, kept
 from modalities.loss import Batch, choose
 from modalities.model import build_skeleton, flops_per_token, num_params
 from modalities.recipe import Recipe, check_start
@@ -71,19 +71,19 @@ class Run:
 def train(recipe: Recipe, source: Path | None = None, profile: str | None = None) -> Path:
     """Train `recipe` to its end, from the newest checkpoint of its run if there is one; returns the run's folder.
 
-    `source`: the file that the recipe came from, kept beside it. `profile`: the steps to profile, as in "10-12"; empty:
-    three that are soon to come.
+    `source`: the recipe's file, kept beside it. `profile`: steps to profile, as in "10-12"; empty: three soon to come.
     """
     parallel = recipe.parallel
     with (
         dist.setup(parallel.replicate, parallel.shard, parallel.tensor) as world,
         heartbeat.beating(recipe.watchdog, world, recipe.folder) as beat,
         memory.running_out_is_explained(parallel.micro_batch),
+        holding(recipe.folder) as hold,
     ):
-        place = find_place(recipe, world)
+        place = find_place(recipe, world, hold)
         facts = {"recipe": kept(recipe), "fingerprints": dict(place.fingerprints)}
         steps = profiling.choose_steps(profile, place.step, recipe.steps)
-        run, state = start(recipe, source, world, place)
+        run, state = start(recipe, source, world, place, hold)
         with (
             contextlib.closing(open_log(recipe, world, run, state, place.changes)) as out,
             profiling.watching(steps, recipe.folder / "profile", world.rank, world.device, out.say, out.aside) as watch,
@@ -92,7 +92,7 @@ def train(recipe: Recipe, source: Path | None = None, profile: str | None = None
             saving.saver(recipe.checkpoint, recipe.folder, world, facts, out.say, place.newest) as saver,
         ):
             roll_back = functools.partial(restore_newest, recipe.folder, world, saver)
-            guarded = guard.Guard(recipe.guard, run.probe, roll_back, out, world)
+            guarded = guard.Guard(recipe.guard, run.probe, roll_back, out, world, recipe.steps)
 
             def interrupted() -> bool:
                 beat(state.step)  # a batch of an evaluation is progress too
@@ -105,10 +105,13 @@ def train(recipe: Recipe, source: Path | None = None, profile: str | None = None
                     batch = run.data.batch(state.samples)
                     state, metrics = run.train_step(state, batch)
                     out.train(state.step, state.samples, metrics)
-                state = guarded(state, batch)
+                done, state = state.step, guarded(state, batch)
                 collect(state.step)
                 beat(state.step)
-                agreed, losses = stop.agree(saver.overdue()), {}
+                agreed, losses = stop.agree(world.is_main and saver.overdue()), {}
+                if state.step < done:  # rolled back, to a step that was evaluated and saved in its time
+                    stop.save = agreed.save  # what is overdue is saved after the next step
+                    continue
 
                 if due(recipe.eval.every, state.step, recipe.steps) and not stop.signal:
                     with out.aside(state.step):
@@ -137,7 +140,7 @@ def restore_newest(folder: Path, world: dist.World, saver: saving.Saver, state: 
     saver.wait()
     with dist.all_or_none():
         newest = checkpoint.newest(folder) if world.is_main else None
-    newest = dist.broadcast_from_main(newest)
+    newest = saver.latest = dist.broadcast_from_main(newest)
     return checkpoint.restore(newest, state) if newest else None
 
 
@@ -173,7 +176,9 @@ def lacks_evaluation(recipe: Recipe, place: Place) -> bool:
     return due(recipe.eval.every, place.step, recipe.steps) and "val" not in durable.read_facts(place.newest)
 
 
-def start(recipe: Recipe, source: Path | None, world: dist.World, place: Place) -> tuple[Run, TrainState]:
+def start(
+    recipe: Recipe, source: Path | None, world: dist.World, place: Place, hold: Callable[[], None]
+) -> tuple[Run, TrainState]:
     """The run's functions, and its state from its newest checkpoint or anew; its folder described.
 
     Whatever a user can have got wrong shows here, on all ranks, before the folder is touched.
@@ -195,8 +200,11 @@ def start(recipe: Recipe, source: Path | None, world: dist.World, place: Place) 
     with dist.all_or_none():
         run.check_data(state.samples)
     hosts = dist.gather_objects(socket.gethostname())
-    if world.is_main:
-        describe_folder(recipe, source, {"hosts": hosts}, place)
+    with dist.all_or_none():
+        if world.is_main:
+            recipe.folder.mkdir(parents=True, exist_ok=True)
+            hold()
+            describe_folder(recipe, source, {"hosts": hosts}, place)
     return run, state
 
 

@@ -3,12 +3,16 @@
 `modalities.run` is told of a process's end and progress in a folder, for torchrun's own exit status says neither.
 """
 
+import contextlib
+import errno
 import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 STOPPED = 75
 """Exit status: a signal came and the state is saved; the same command continues. It is EX_TEMPFAIL of sysexits.h."""
@@ -16,8 +20,35 @@ HUNG = 76
 """Exit status: a rank does not answer, or is gone."""
 CRASHED = 70
 """What is reported of a traceback, of which Python's own exit status is 1. It is EX_SOFTWARE of sysexits.h."""
+UNFIT = 77
+"""What is reported of a number of ranks that the recipe does not fit; the exit status is 1, as of any mistake."""
+PASSING = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ESHUTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH}
+"""What a disk or a network says that may work again; what they say by ConnectionError and TimeoutError does too."""
 REPORT = "MODALITIES_REPORT"
 """In the environment: the folder that `modalities.run` reads."""
+
+
+_met = threading.Event()
+
+
+class RanksError(ValueError):
+    """The recipe cannot be trained by so many ranks: a mistake, unless machines come and go."""
+
+    told: ClassVar[set[str]] = set()
+    """By its text it is known again where all ranks have agreed on a plain ValueError."""
+
+    def __init__(self, line: str) -> None:
+        super().__init__(line)
+        self.told.add(line)
+
+
+def status_of(error: Exception) -> int:
+    """What is reported of an error that a user is told in one line: 1 for a mistake, which a new start repeats."""
+    if isinstance(error, ValueError) and str(error) in RanksError.told:
+        return UNFIT
+    if not isinstance(error, OSError) or error.errno == errno.EPIPE:  # nobody reads stdout any more
+        return 1
+    return CRASHED if isinstance(error, ConnectionError | TimeoutError) or error.errno in PASSING else 1
 
 
 def rank() -> int:
@@ -49,6 +80,16 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def has_met() -> bool:
+    """Whether this process has met the others, with whom it then agrees on signals; alone, whether it has set up."""
+    return _met.is_set()
+
+
+def meet() -> None:
+    """Told by `dist.setup`, once it has."""
+    _met.set()
+
+
 def begin() -> None:
     """What a process that trains does first: where `modalities.run` has started it, it says so and dies with it."""
     if REPORT in os.environ:
@@ -67,14 +108,22 @@ def report_progress(step: int) -> None:
         report("progress.json", {"step": step})
 
 
+def say(line: str, where: int = 2) -> None:
+    """Write a line to stderr (1: stdout), past Python's locks, which others may hold; nobody reads it: no error."""
+    with contextlib.suppress(OSError):
+        os.write(where, f"{line}\n".encode(errors="backslashreplace"))
+
+
 def report(name: str, facts: Mapping[str, int | str]) -> None:
     """Write a file of the folder that `modalities.run` reads, whole or not at all; without such a folder nothing."""
     folder = os.environ.get(REPORT)
     if folder is None or not os.path.isdir(folder):
         return
     part = Path(folder, f".{name}.{os.getpid()}")
-    part.write_text(json.dumps(facts))
-    part.replace(Path(folder, name))
+    # A report is advisory: a folder that is full or gone must neither keep a process from its end nor change that.
+    with contextlib.suppress(OSError):
+        part.write_text(json.dumps(facts))
+        part.replace(Path(folder, name))
 
 
 def die_with_parent() -> None:

@@ -26,7 +26,7 @@ from modalities.log import LogConfig
 from modalities.loss import LossConfig
 from modalities.model import ModelConfig, flops_per_token, num_params
 from modalities.optim import OptimConfig
-from modalities.ranks import is_main, world_size
+from modalities.ranks import RanksError, is_main, world_size
 from modalities.step import EvalConfig
 
 # Of the model's fields: what is free to differ from the model whose weights are taken, and what is not.
@@ -117,7 +117,7 @@ def check_ranks(recipe: Recipe, ranks: int) -> None:
         )
     reshard = parallel.reshard_after_forward
     if not isinstance(reshard, bool) and shard % reshard:
-        raise ValueError(f"parallel.reshard_after_forward {reshard} does not divide parallel.shard {shard}; change it")
+        raise RanksError(f"parallel.reshard_after_forward {reshard} does not divide parallel.shard {shard}; change it")
     parts, micro = replicate * shard, recipe.parallel.micro_batch
     cut = parts if micro == "auto" else parts * micro
     for i, batch in enumerate(recipe.data.batch_sizes):
@@ -125,7 +125,7 @@ def check_ranks(recipe: Recipe, ranks: int) -> None:
             field = "data.ramp's" if i else "data.global_batch"
             per_tensor = f" ({ranks} / parallel.tensor {recipe.parallel.tensor})" if recipe.parallel.tensor > 1 else ""
             by = "" if micro == "auto" else f" × parallel.micro_batch {micro} = {cut}"
-            raise ValueError(f"{field} {batch} is not divisible by {parts} rank(s){per_tensor}{by}; change one of them")
+            raise RanksError(f"{field} {batch} is not divisible by {parts} rank(s){per_tensor}{by}; change one of them")
 
 
 def load(name: str) -> tuple[Recipe, Path]:

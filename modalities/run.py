@@ -42,6 +42,8 @@ class Options:
     """Seconds."""
     launch: tuple[str, ...]
     """What is run."""
+    elastic: bool = False
+    """Whether machines may come and go."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,14 @@ def parse(argv: Sequence[str]) -> Options:
     alone = ours.nnodes in ("1", "1:1") and not any(arg.startswith(("--rdzv", "--master", "--stand")) for arg in others)
     number = ("--nnodes", ours.nnodes, "--nproc-per-node", ours.nproc_per_node, "--max-restarts", "0")
     agent = (sys.executable, "-c", AGENT, *number, *(["--standalone"] if alone else []), *others)
-    return Options(ours.max_restarts, ours.back_off, (*agent, *argv[at:]))
+    fewest, _, most = ours.nnodes.partition(":")
+    return Options(ours.max_restarts, ours.back_off, (*agent, *argv[at:]), most not in ("", fewest))
 
 
 def agent() -> None:
     """torchrun without its own words about how a process ended: the process has said, and it is in the report."""
+    # A scheduler may send it to every process, and the workers would die with this one. No SIG_IGN: they would inherit.
+    signal.signal(signal.SIGUSR1, lambda *_: None)
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
@@ -103,10 +108,12 @@ class Supervisor:
         self.child: subprocess.Popen | None = None
         self.signals: list[int] = []
         self.passed_on = False
+        self.farthest = -1
+        """The last step that was done by any start."""
 
     def keep_alive(self) -> int:
         """Run to an end that a new start would not change; returns the exit status."""
-        farthest, restarts = -1, 0
+        restarts = 0
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self.note)
         while True:
@@ -114,10 +121,10 @@ class Supervisor:
             if not end.crashed or self.signals:
                 return end.status if not end.crashed else ranks.STOPPED
             step = self.step()
-            if step > farthest:
-                farthest, restarts = step, 0
+            if step > self.farthest:
+                self.farthest, restarts = step, 0
             if restarts >= self.options.max_restarts:
-                came = f"step {farthest}" if farthest >= 0 else "the first step"
+                came = f"step {self.farthest}" if self.farthest >= 0 else "the first step"
                 tell(f"{end.why}; gave up after {restarts} restart(s) that came no further than {came}")
                 return end.status
             pause = min(self.options.back_off * 2**restarts, LONGEST_BACK_OFF)
@@ -131,6 +138,7 @@ class Supervisor:
 
     def start(self) -> End:
         """One start to its end, after which no process of it is left."""
+        self.folder.mkdir(mode=0o700, exist_ok=True)  # a cleaner of the temporary folder may have come by
         for file in self.folder.iterdir():
             file.unlink()
         environment = {**os.environ, ranks.REPORT: str(self.folder)}
@@ -183,6 +191,10 @@ class Supervisor:
         for status in (ranks.STOPPED, 130, 1, 2):
             if status in ended:
                 return End(status, False, ended[status])
+        if ranks.UNFIT in ended:
+            # It has fitted before: a machine is gone, and may come back.
+            lacks = self.options.elastic and self.farthest >= 0
+            return End(1, lacks, ended[ranks.UNFIT] + "; waiting for the machines that are gone" * lacks)
         if code == 2 and not reports:  # torchrun's own usage
             return End(2, False, "")
         for status in (ranks.CRASHED, ranks.HUNG):

@@ -108,9 +108,9 @@ class Saver:
         durable, or raise ValueError. A save that fails otherwise is a warning, until `max_failures` did in a row.
         """
         self.wait()
+        self.began, self.said = time.monotonic(), False
         if self.latest == checkpoint.path_of(self.run, state.step):
             return
-        self.began, self.said = time.monotonic(), False
         losses = {name: float(loss) for name, loss in (val or {}).items()}
         # JSON has no NaN and no infinity.
         finite = {name: loss if math.isfinite(loss) else None for name, loss in losses.items()}

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from modalities.dist import World
 
 SIGNALS = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
+IN_START_UP = "in start-up, with nothing to save"
 noted: list[int] = []
 """The signals that have come to this process since `listen`."""
 
@@ -74,8 +75,7 @@ class Stop:
         if self.signal is None:
             return
         if ranks.is_main():
-            where = f"step {step}, saved {saved}" if saved else "start-up, with nothing to save"
-            print(f"stopped by {signal.Signals(self.signal).name} after {where}; the same command continues")
+            print(stopped(self.signal, f"after step {step}, saved {saved}" if saved else IN_START_UP))
         sys.exit(ranks.STOPPED)
 
     def ask(self, overdue: bool) -> "tuple[Tensor, Work | None]":
@@ -86,6 +86,10 @@ class Stop:
             return mine, None
         maximum = torch.distributed.ReduceOp.MAX
         return mine, torch.distributed.all_reduce(mine, maximum, group=self.group, async_op=True)
+
+
+def stopped(number: int, when: str) -> str:
+    return f"stopped by {signal.Signals(number).name} {when}; the same command continues"
 
 
 def arrived(asked: "tuple[Tensor, Work | None]") -> "Tensor":
@@ -163,9 +167,16 @@ def _note(read_end: int) -> None:
                 continue
             if number == signal.SIGINT and signal.SIGINT in noted:
                 ranks.report_end(130, "interrupted")
-                os.write(2, b"interrupted\n")
+                ranks.say("interrupted")
                 os._exit(130)
             if number == signal.SIGINT and ranks.is_main():
-                os.write(2, b"the run stops after this step and saves its state; interrupted again: at once\n")
+                ranks.say("the run stops after this step and saves its state; interrupted again: at once")
+            if number != signal.SIGINT and not ranks.has_met():
+                # The main thread may wait for the others without end, and would not ask.
+                line = stopped(number, IN_START_UP)
+                ranks.report_end(ranks.STOPPED, line)
+                if ranks.is_main():
+                    ranks.say(line, 1)
+                os._exit(ranks.STOPPED)
             noted.append(number)
     os.close(read_end)

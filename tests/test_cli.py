@@ -169,6 +169,13 @@ def test_run_passes_the_arguments_and_ends_quietly() -> None:
         ("sys.exit(75)", 75, 75, ""),
         ("raise KeyboardInterrupt", 130, 130, "interrupted"),
         ("assert argv, 'ours'", 1, 70, "AssertionError: ours"),
+        ("raise OSError(5, 'Input/output error')", 1, 70, "error: [Errno 5] Input/output error"),
+        ("raise OSError(116, 'Stale file handle', 'x')", 1, 70, "error: [Errno 116] Stale file handle: 'x'"),
+        ("raise OSError(110, 'Connection timed out')", 1, 70, "error: [Errno 110] Connection timed out"),
+        ("raise ConnectionResetError('reset')", 1, 70, "error: reset"),
+        ("raise OSError(32, 'Broken pipe')", 1, 1, "error: [Errno 32] Broken pipe"),
+        ("raise OSError(28, 'No space left on device')", 1, 1, "error: [Errno 28] No space left on device"),
+        ("raise cli.ranks.RanksError('8 by 3')", 1, 77, "error: 8 by 3"),
     ],
 )
 def test_the_end_is_left_for_the_supervisor(body: str, status: int, reported: int, line: str, tmp_path: Path) -> None:
@@ -178,6 +185,16 @@ def test_the_end_is_left_for_the_supervisor(body: str, status: int, reported: in
     (file,) = tmp_path.iterdir()
     told = json.loads(file.read_text())
     assert file.name == "3.json" and (told["status"], told["line"]) == (reported, line) and told["pid"] > 0
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "problem"),
+    [("print(1)", 0, ""), ("sys.exit(75)", 75, ""), ("raise ValueError('wrong')", 1, "error: wrong\n")],
+)
+def test_a_report_that_cannot_be_written_changes_no_end(body: str, status: int, problem: str, tmp_path: Path) -> None:
+    (tmp_path / "0.json").mkdir()  # which no file can replace
+    done = run_main(body, MODALITIES_REPORT=str(tmp_path), LOCAL_RANK="0")
+    assert (done.returncode, done.stderr) == (status, problem)
 
 
 def test_a_folder_for_reports_that_is_gone_is_no_matter(tmp_path: Path) -> None:

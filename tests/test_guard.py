@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from tokenizers import Tokenizer, models
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
@@ -19,6 +20,7 @@ from modalities import checkpoint, dist, guard, loop
 from modalities.checkpoint import CheckpointConfig
 from modalities.data import TrainData
 from modalities.fsdp import ParallelConfig
+from modalities.generate import SampleConfig
 from modalities.guard import Guard, GuardConfig, checksum
 from modalities.log import Log, Progress, read_metrics
 from modalities.model import Block
@@ -172,19 +174,44 @@ def test_what_the_judge_does_waits_for_no_device() -> None:
     assert skip.dtype == torch.float32 and kept["losses"].shape == (100,)
 
 
-def test_on_a_gpu_counts_are_read_one_step_late_and_seldom(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("steps", "bad_steps", "named", "seen_at"),
+    [
+        (40, range(12, 29), 21, 22),
+        # The probe's own look at step 30 is the 31st.
+        (30, range(21, 32), 30, 30),
+        (30, range(15, 32), 24, 25),
+        (30, range(22, 31), None, 30),
+    ],
+    ids=["between two tens", "up to the last step", "longer, at the end", "one too few"],
+)
+def test_on_a_gpu_each_count_is_read_one_step_late(
+    tmp_path: Path, steps: int, bad_steps: range, named: int | None, seen_at: int
+) -> None:
     """The tensors are the CPU's, which has no GPU's clock: what is seen here is which steps are read, and when."""
-    recipe = tiny.recipe(tmp_path, optim=DIVERGES, guard=GuardConfig(max_bad_steps=4))
+    parallel = ParallelConfig(micro_batch=8, param_dtype="float32", compile="off")
+    recipe = tiny.recipe(tmp_path, steps=steps, parallel=parallel)
     run, state = loop.build(recipe, WORLD)
     as_on_gpu = replace(WORLD, device=torch.device("cuda"))
-    guarded = Guard(recipe.guard, run.probe, lambda state: None, silent_log(recipe), as_on_gpu)
-    with pytest.raises(ValueError, match="7 steps in a row were skipped, up to step 8 with samples 56 to 63: not fin"):
-        while True:
+    guarded = Guard(recipe.guard, run.probe, lambda state: None, silent_log(recipe), as_on_gpu, steps)
+    bad = BadRank(rank=0, calls_per_step=2)
+    bad.loss_at = lambda step: step in bad_steps
+    hook, line = register_module_forward_hook(bad), None
+    try:
+        while state.step < steps:
             batch = run.data.batch(state.samples)
             state, _ = run.train_step(state, batch)
             state = guarded(state, batch)
-    # Steps 2 to 5 are bad, but 4 is the last that is read before 8.
-    assert state.step == 9
+    except ValueError as error:
+        line = str(error)
+    finally:
+        hook.remove()
+    assert state.step == seen_at
+    if named is None:
+        assert line is None and state.guard["in_row"] == 9
+    else:
+        samples = f"samples {8 * named - 8} to {8 * named - 1}: not finite: the loss of rank 0"
+        assert line and line.startswith(f"10 steps in a row were skipped, up to step {named} with {samples}")
 
 
 # --------------------------------------------------------------------------------------------------------------- spikes
@@ -249,7 +276,9 @@ def test_a_spike_rolls_back_and_its_samples_are_passed_over(tmp_path: Path, caps
     there = [(step, 8 * step) for step in range(1, 24)]
     again = [(step, 8 * (step + 3)) for step in range(21, 31)]
     assert positions(recipe.folder) == there + again
-    assert "step 23: a loss spike; back to step 20, and on after samples 176 to 183" in capsys.readouterr().out
+    assert (
+        "step 23: a loss spike with samples 176 to 183; back to step 20, passing over 24 sequences, 160 to 183\n"
+    ) in capsys.readouterr().out
     # With fewer losses than the window holds, the manifest is still JSON, which has no NaN.
     for step, samples in ((5, 40), (20, 160), (25, 8 * 28), (30, 8 * 33)):
         text = (recipe.folder / f"step-{step:08}" / "manifest.json").read_text()
@@ -262,6 +291,29 @@ def test_a_spike_rolls_back_and_its_samples_are_passed_over(tmp_path: Path, caps
         loop.train(resumed)
         assert_same(saved(recipe, 30), saved(resumed, 30))
     assert positions(tmp_path / "runs" / "soon")[33:] == there[20:] + again
+
+
+def test_the_step_that_a_run_goes_back_to_is_not_evaluated_nor_sampled_again(tmp_path: Path) -> None:
+    words = {str(i): i for i in range(99)} | {"<|endoftext|>": 99}
+    Tokenizer(models.WordLevel(words, unk_token="0")).save(str(tmp_path / "tokenizer.json"))
+    recipe = spiky_recipe(tmp_path, ROLL_BACK, range(23, 24), checkpoint=CheckpointConfig(every=5))
+    data = replace(recipe.data, val=(str(tmp_path / "val.pbin"),), tokenizer=str(tmp_path / "tokenizer.json"))
+    sample = SampleConfig(every=5, prompt="1", num_tokens=2)
+    loop.train(replace(recipe, data=data, eval=tiny.EvalConfig(every=5, samples=2), sample=sample))
+    assert positions(recipe.folder)[22:24] == [(23, 8 * 23), (21, 8 * 24)], "it went back"
+    for name, steps in (("metrics", range(0, 31, 5)), ("samples", range(5, 31, 5))):
+        lines = [json.loads(line) for line in (recipe.folder / f"{name}.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines if "loss" not in line] == list(steps), name
+
+
+def test_a_checkpoint_that_is_overdue_at_a_rollback_is_saved_after_it(tmp_path: Path) -> None:
+    checkpoints = CheckpointConfig(every=0, every_minutes=1e-9)
+    recipe = spiky_recipe(tmp_path, ROLL_BACK, range(23, 24), checkpoint=checkpoints)
+    loop.train(recipe)
+    assert positions(recipe.folder)[22:24] == [(23, 8 * 23), (23, 8 * 24)], "it went back to step 22"
+    for step in range(1, 31):
+        manifest = checkpoint.read_manifest(recipe.folder / f"step-{step:08}")
+        assert manifest["samples"] == 8 * (step + (step > 22))
 
 
 def test_without_a_checkpoint_a_spike_is_skipped(tmp_path: Path) -> None:
@@ -320,7 +372,7 @@ def corrupted(recipe: Recipe) -> None:
     bad = BadRank(rank=1, calls_per_step=2)
     with dist.setup(replicate=2, shard=2) as world:
         run, state = loop.build(recipe, world)
-        guarded = Guard(recipe.guard, run.probe, lambda state: None, silent_log(recipe), world)
+        guarded = Guard(recipe.guard, run.probe, lambda state: None, silent_log(recipe), world, recipe.steps)
         for _ in range(2):
             batch = run.data.batch(state.samples)
             state, _ = run.train_step(state, batch)

@@ -36,6 +36,7 @@ def hang_a_rank(endless: Recipe, hung: int) -> tuple[float, list[str], Recipe]:
     recipe = replace(endless, watchdog=WatchdogConfig(timeout=TIMEOUT))
     with started(recipe, 2) as processes:
         wait_for(lambda: has_logged(recipe.folder, 5))
+        time.sleep(2 * heartbeat.TICK)  # until a beat tells of a step
         processes[hung].send_signal(signal.SIGSTOP)
         began = time.monotonic()
         _, problems = processes[1 - hung].communicate(timeout=60)
@@ -125,6 +126,40 @@ def test_one_process_has_the_limit_for_a_step_alone(tmp_path: Path) -> None:
     assert done.returncode == ranks.HUNG
     (line,) = done.stderr.splitlines()
     assert "has done no step for 2 s (it is at <string>:16), last step 10; ending, stacks in " in line
+
+
+LAST_WORDS = """
+import sys, time
+from pathlib import Path
+import torch
+from modalities import heartbeat
+from modalities.dist import World
+config = heartbeat.WatchdogConfig(step_timeout=1)
+with heartbeat.beating(config, World(0, 1, torch.device("cpu"), None), Path(sys.argv[1])) as beat:
+    beat(1)
+    beat(2)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_the_end_comes_whatever_the_disk_does(hangs: bool, tmp_path: Path) -> None:
+    """No report can be written; and opening the file for the stacks does not return, as on a disk that hangs."""
+    reports, run = tmp_path / "reports", tmp_path / "run"
+    for name in ("0.json", "progress.json"):
+        (reports / name).mkdir(parents=True)  # which no file can replace
+    (run / "hang").mkdir(parents=True)
+    for seconds in range(60 if hangs else 0):
+        now = time.strftime("%Y%m%d-%H%M%S", time.localtime(time.time() + seconds))
+        os.mkfifo(run / "hang" / f"{now}-rank-0.txt")
+    args = [sys.executable, "-c", LAST_WORDS, str(run)]
+    variables = {**os.environ, ranks.REPORT: str(reports)}
+    done = subprocess.run(args, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=50)
+    assert done.returncode == ranks.HUNG
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("rank 0: ") and "has done no step for 1 s" in line
+    if not hangs:
+        assert "<string>" in stacks(run)["0"]
 
 
 def leave_apart(folder: Path) -> None:

@@ -14,10 +14,11 @@ import tiny
 import torch
 from test_loop import DROPOUT, losses, mixed_recipe, train, weights
 
-from modalities import loop
+from modalities import folder, loop
 from modalities.checkpoint import CheckpointConfig
 from modalities.data import TrainData
 from modalities.fingerprints import ResumeConfig
+from modalities.generate import SampleConfig
 from modalities.loss import Batch
 from modalities.recipe import Recipe, from_json
 
@@ -279,3 +280,20 @@ def test_a_run_of_an_earlier_version_goes_on(begun: Recipe, tmp_path: Path) -> N
     train(begun)
     with pytest.raises(ValueError, match=r"data\.train\[0\] .*, not .*chat"):
         train(replace(begun, data=replace(begun.data, train=begun.data.train[::-1])))
+
+
+def test_a_folder_in_use_is_refused_to_a_second_start(begun: Recipe) -> None:
+    with folder.holding(begun.folder) as hold:
+        hold()
+        with pytest.raises(ValueError, match=rf"is in use by process {os.getpid()} on "):
+            loop.train(begun)
+    loop.train(begun)
+
+
+def test_a_tokenizer_that_was_away_once_is_compared_when_it_is_back(begun: Recipe, tmp_path: Path) -> None:
+    path = Path(begun.data.tokenizer)
+    path.rename(tmp_path / "away.json")
+    loop.train(replace(begun, sample=SampleConfig(every=0)))
+    path.write_text('{"version": "2.0"}')
+    with pytest.raises(ValueError, match=r"data\.tokenizer"):
+        loop.train(begun)

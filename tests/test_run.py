@@ -18,12 +18,12 @@ import torch
 from test_loop import train_on, weights
 from test_train import ROOT
 
-from modalities import checkpoint, loop, run
+from modalities import checkpoint, durable, loop, ranks, run
 from modalities.checkpoint import CheckpointConfig
 from modalities.config import to_dict
 from modalities.heartbeat import lives
 from modalities.log import read_metrics
-from modalities.recipe import Recipe
+from modalities.recipe import Recipe, check_ranks
 
 # What a script that is run begins with; it counts its starts in the file `starts`.
 SCRIPT = """
@@ -157,6 +157,69 @@ def test_a_second_interrupt_ends_all_at_once(tmp_path: Path) -> None:
     assert not lives(int((tmp_path / "ready").read_text()))
 
 
+LAUNCH = """
+import sys
+from pathlib import Path
+from modalities import run
+options = run.Options(2, 0.01, (sys.executable, "script.py"), elastic={elastic})
+sys.exit(run.Supervisor(options, Path("reports")).keep_alive())
+"""
+
+
+@pytest.mark.parametrize(
+    ("elastic", "crash", "status", "starts"),
+    [(True, "ranks.report_progress(3)", 0, 3), (False, "ranks.report_progress(3)", 1, 2), (True, "pass", 1, 2)],
+)
+def test_a_number_of_ranks_that_does_not_fit_is_waited_out_if_one_did(
+    elastic: bool, crash: str, status: int, starts: int, tmp_path: Path
+) -> None:
+    body = f"""
+    if start == 1:
+        {crash}; os._exit(9)
+    if start < 3:
+        raise ranks.RanksError("8 is not divisible by 3 rank(s)")"""
+    (tmp_path / "script.py").write_text(SCRIPT.format(body=body))
+    args = [sys.executable, "-c", LAUNCH.format(elastic=elastic)]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(args, cwd=tmp_path, env=variables, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, len((tmp_path / "starts").read_text())) == (status, starts), done.stderr
+    told = "8 is not divisible by 3 rank(s); waiting for the machines that are gone; restart 2 of 2 in 0.02 s"
+    assert (told in done.stderr) == (status == 0)
+
+
+def test_what_depends_on_the_number_of_ranks_is_known_after_all_agreed_on_it(tmp_path: Path) -> None:
+    recipe = tiny.recipe(tmp_path)
+    with pytest.raises(ranks.RanksError) as batch:
+        check_ranks(recipe, 3)
+    with pytest.raises(ranks.RanksError) as degrees:
+        check_ranks(replace(recipe, parallel=replace(recipe.parallel, shard=2)), 4)
+    for mistake in (batch, degrees):
+        # What `dist.all_or_none` makes of it.
+        assert ranks.status_of(ValueError(str(mistake.value))) == ranks.UNFIT
+    assert ranks.status_of(ValueError("another")) == 1
+
+
+def test_a_checkpoint_whose_files_cannot_be_looked_at_is_passed_over(tmp_path: Path) -> None:
+    for step, name in ((1, "a"), (2, "a" * 300)):  # a name that the file system refuses to look up
+        folder = tmp_path / f"step-{step:08}"
+        folder.mkdir()
+        files = {"a": durable.write_file(folder / "a", b"weights")}
+        durable.write_manifest(folder, {"step": step, "samples": 8 * step}, {name: files["a"]})
+    with pytest.raises(ValueError, match="is damaged: a+ cannot be looked at"):
+        durable.read_sizes(folder)
+    assert checkpoint.newest(tmp_path) == tmp_path / "step-00000001"
+
+
+def test_the_agent_of_torchrun_and_its_workers_outlive_a_signal_to_every_process(tmp_path: Path) -> None:
+    body = """
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL, "it has not inherited to ignore it"
+    os.kill(os.getppid(), signal.SIGUSR1)
+    time.sleep(1)
+    Path("done").touch()"""
+    assert end(tmp_path, body, "--nnodes", "1:1") == (0, 1, [])
+    assert (tmp_path / "done").exists()
+
+
 CHILD = """
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
     Path(f"pids.{start}").write_text(f"{os.getpid()} {child.pid}")
@@ -191,7 +254,7 @@ def test_the_command_that_is_made_of_the_options() -> None:
     assert found == run.Options(3, 1.0, (*number, "train.py", "--steps", "4"))
     several = run.parse(["--nnodes=1:4", "--nproc-per-node=8", "--rdzv-id", "5", "--back-off=2", "-m", "pkg", "x.py"])
     numbers = (*agent, "1:4", "--nproc-per-node", "8", "--max-restarts", "0", "--rdzv-id", "5")
-    assert several == run.Options(10, 2.0, (*numbers, "-m", "pkg", "x.py"))
+    assert several == run.Options(10, 2.0, (*numbers, "-m", "pkg", "x.py"), elastic=True)
 
 
 @pytest.mark.parametrize(
@@ -224,9 +287,9 @@ def workers(recipe: Recipe) -> list[int]:
             variables = (folder / "environ").read_bytes().split(b"\0")
             # Not the agent, whose arguments are the same but for its program.
             if f"{recipe.name}.json".encode() in b" ".join(args) and run.AGENT.encode() not in args:
-                ranks = [int(value[5:]) for value in variables if value.startswith(b"RANK=")]
+                rank = [int(value[5:]) for value in variables if value.startswith(b"RANK=")]
                 if b"MODALITIES_REPORT=" in b" ".join(variables):
-                    found[ranks[0] if ranks else 0] = int(folder.name)
+                    found[rank[0] if rank else 0] = int(folder.name)
     return [found[rank] for rank in sorted(found)]
 
 

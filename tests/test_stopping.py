@@ -194,7 +194,7 @@ def test_a_signal_in_start_up_and_a_second_interrupt(endless: Recipe) -> None:
         process.send_signal(signal.SIGTERM)
         shown, problems = process.communicate(timeout=60)
     assert process.returncode == ranks.STOPPED, problems
-    assert "stopped by SIGTERM after start-up, with nothing to save; the same command continues\n" in shown
+    assert "stopped by SIGTERM in start-up, with nothing to save; the same command continues\n" in shown
     assert not problems and not list(endless.folder.glob("step-*"))
 
     with started(endless) as (process,):
@@ -205,6 +205,59 @@ def test_a_signal_in_start_up_and_a_second_interrupt(endless: Recipe) -> None:
         process.send_signal(signal.SIGINT)
         _, problems = process.communicate(timeout=10)
     assert process.returncode == 130 and problems.splitlines()[-1] == "interrupted"
+
+
+LISTENS = """
+import time
+from modalities import ranks, stopping
+stopping.listen()
+{body}
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+@contextlib.contextmanager
+def listening(folder: Path, body: str = "") -> Iterator[subprocess.Popen]:
+    """A process that listens, and cannot leave a report in `folder` nor write to stderr, which nobody reads."""
+    (folder / "0.json").mkdir()  # which no file can replace
+    args = [sys.executable, "-c", LISTENS.format(body=body)]
+    variables = {**os.environ, ranks.REPORT: str(folder)}
+    with subprocess.Popen(
+        args, cwd=ROOT, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stderr.close()
+        try:
+            assert process.stdout.readline() == "ready\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_second_interrupt_ends_a_process_whose_last_words_are_lost(tmp_path: Path) -> None:
+    with listening(tmp_path) as process:
+        for _ in range(2):
+            assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.3)  # for two that come together are one
+        assert process.wait(10) == 130
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_rank_that_has_not_met_the_others_ends_at_once(number: signal.Signals, tmp_path: Path) -> None:
+    with listening(tmp_path) as process:
+        process.send_signal(number)
+        assert process.wait(10) == ranks.STOPPED
+        assert process.stdout is not None
+        assert process.stdout.read() == f"stopped by {number.name} {stopping.IN_START_UP}; the same command continues\n"
+
+
+def test_a_rank_that_has_met_the_others_finishes_its_step(tmp_path: Path) -> None:
+    with listening(tmp_path, "ranks.meet()") as process:
+        process.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1)
 
 
 @pytest.mark.slow
