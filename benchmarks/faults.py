@@ -48,6 +48,7 @@ from benchmarks.victims import (
     trained,
 )
 from modalities import ranks
+from modalities.folder import LOCK
 
 # ------------------------------------------------------------------------------------------------------------- recovery
 
@@ -286,6 +287,11 @@ def rank_counts(trial: Trial) -> Result:
     return Result(len(ways), passed, f"{', '.join(details)}; the same sequences in the same order")
 
 
+def files_of(run: Path) -> dict[Path, bytes]:
+    """All that a run's folder holds, but who has it at the time."""
+    return {path: path.read_bytes() for path in run.rglob("*") if path.is_file() and path.name != LOCK}
+
+
 def changes(trial: Trial) -> Result:
     """Data, mask, tokenizer or recipe changed under a resume."""
     straight = trial.straight()
@@ -295,7 +301,7 @@ def changes(trial: Trial) -> Result:
     passed, count = 0, 1 if trial.quick else 2
     for case in cases:
         run = trial.begun("changed", straight.name, 4)
-        before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+        before = files_of(run)
         path = trial.folder / (case if case not in flags else "web.pbin")
         with edited(path):
             if case not in flags:
@@ -306,7 +312,7 @@ def changes(trial: Trial) -> Result:
             refused = Ranks(trial.folder, count, args + extra)
             statuses = refused.wait()
         named = all(case in line for line in refused.err().splitlines() if line.startswith("error: "))
-        untouched = before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+        untouched = before == files_of(run)
         promise = statuses == [1] * count and named and "error: " in refused.err() and untouched
         passed += trial.holds(promise, refused)
     return Result(len(cases), passed, f"refused by name: {', '.join(cases)}")

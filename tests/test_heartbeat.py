@@ -120,6 +120,7 @@ with heartbeat.beating(config, world, Path(sys.argv[1])) as beat:
 """
 
 
+@pytest.mark.slow
 def test_one_process_has_the_limit_for_a_step_alone(tmp_path: Path) -> None:
     args = [sys.executable, "-c", ALONE, str(tmp_path)]
     done = subprocess.run(args, cwd=ROOT, capture_output=True, text=True, timeout=60)
