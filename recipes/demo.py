@@ -26,6 +26,6 @@ recipe = Recipe(
     parallel=ParallelConfig(micro_batch=8),
     eval=EvalConfig(every=150),
     sample=SampleConfig(every=300, prompt="    def __init__(self", num_tokens=64),
-    checkpoint=CheckpointConfig(every=300),
+    checkpoint=CheckpointConfig(every=100, keep_last=3),
     log=LogConfig(every=10),
 )
