@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,9 +37,12 @@ def endless(tmp_path: Path) -> Recipe:
 
 def stop_when_logged(run: Path, lines: int, number: int) -> threading.Thread:
     """Send this process the signal once the run has logged so many lines."""
+    return stop_when(lambda: has_logged(run, lines), number)
 
+
+def stop_when(happened: Callable[[], bool], number: int = signal.SIGTERM) -> threading.Thread:
     def send() -> None:
-        wait_for(lambda: has_logged(run, lines))
+        wait_for(happened)
         os.kill(os.getpid(), number)
 
     thread = threading.Thread(target=send)
@@ -94,14 +97,13 @@ def test_a_signal_in_an_evaluation(endless: Recipe) -> None:
     data = replace(endless.data, val=(str(long),))
     recipe = replace(endless, steps=4, data=data, eval=EvalConfig(every=3))
 
-    def send() -> None:
+    def evaluates_again() -> bool:
         # Of the first evaluation, and of steps 1 to 3; the last of these is written before the second evaluation.
-        wait_for(lambda: has_logged(recipe.folder, 4))
-        time.sleep(0.2)
-        os.kill(os.getpid(), signal.SIGTERM)
+        logged = has_logged(recipe.folder, 4)
+        time.sleep(0.2 * logged)
+        return logged
 
-    thread = threading.Thread(target=send)
-    thread.start()
+    thread = stop_when(evaluates_again)
     with pytest.raises(SystemExit) as end:
         loop.train(recipe)
     thread.join()
@@ -115,12 +117,7 @@ def test_a_signal_while_it_saves(endless: Recipe) -> None:
     """What is being saved is finished, and is not saved again."""
     recipe = replace(endless, checkpoint=CheckpointConfig(every=4))
 
-    def send() -> None:
-        wait_for(lambda: any(recipe.folder.glob("step-00000004*")))
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    thread = threading.Thread(target=send)
-    thread.start()
+    thread = stop_when(lambda: any(recipe.folder.glob("step-00000004*")))
     with pytest.raises(SystemExit) as end:
         loop.train(recipe)
     thread.join()
