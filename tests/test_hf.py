@@ -1,6 +1,7 @@
 """Hugging Face folders both ways: what is trained here works in transformers, what comes from there trains here."""
 
 import json
+import os
 import math
 import os
 import shutil
@@ -202,15 +203,19 @@ print(*peaks)
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """Its logits are compared, too, a layer at a time: the second is 250 MB larger than the first."""
+    """Its logits are compared, too, a layer at a time: the second is 250 MB larger than the first.
+
+    glibc keeps freed memory for itself, up to 150 MB more in one run than in another, unless each tensor is its own mapping.
+    """
     runs = [tmp_path / f"layers{layers}" for layers in (2, 22)]
     for run, layers in zip(runs, (2, 22), strict=True):
         write_checkpoint(run, replace(tiny.MODEL, width=512, mlp_width=1536, num_layers=layers))
-    done = subprocess.run([sys.executable, "-c", EXPORT, *map(str, runs)], check=True, capture_output=True, text=True)
+    command, environ = [sys.executable, "-c", EXPORT, *map(str, runs)], os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environ)
     assert done.stdout.count("; logits differ by at most") == 2
     small, large = map(int, done.stdout.splitlines()[-1].split())
     print(small, large)
-    assert large - small < 60
+    assert large - small < 30
 
 
 def test_a_damaged_checkpoint_is_not_exported(tmp_path: Path) -> None:
