@@ -1,7 +1,6 @@
 """Hugging Face folders both ways: what is trained here works in transformers, what comes from there trains here."""
 
 import json
-import os
 import math
 import os
 import shutil
@@ -205,7 +204,7 @@ print(*peaks)
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     """Its logits are compared, too, a layer at a time: the second is 250 MB larger than the first.
 
-    glibc keeps freed memory for itself, up to 150 MB more in one run than in another, unless each tensor is its own mapping.
+    glibc keeps freed memory, up to 150 MB more in one run than in another, unless each tensor is its own mapping.
     """
     runs = [tmp_path / f"layers{layers}" for layers in (2, 22)]
     for run, layers in zip(runs, (2, 22), strict=True):
