@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from modalities import durable
+from modalities import durable, ranks
 from modalities.dist import all_or_none, broadcast_from_main, gather_objects
 from modalities.durable import read_manifest
 from modalities.optim import Params, local
@@ -167,18 +167,17 @@ def read(path: Path, tensors: dict[str, Any], problem: str) -> dict[str, Any]:
     """Read the `tensors` of a checkpoint in place; returns its manifest. `problem` is what a ValueError says."""
     from modalities import shards
 
-    with one_line(problem):
-        with all_or_none():
-            manifest = durable.read_facts(path)
-            reader = shards.Reader(path, manifest["files"])
-        shards.read(reader, tensors)
+    with one_line(problem), all_or_none():
+        manifest = durable.read_facts(path)
+        shards.read(shards.Reader(path, manifest["files"]), tensors)
     return manifest
 
 
 @contextmanager
 def one_line(problem: str) -> Iterator[None]:
-    """What fails is a ValueError: `problem`, in which {why} is the cause."""
+    """What fails is told by `problem`, in which {why} is the cause: a ValueError, or what may work again."""
     try:
         yield
     except (ValueError, OSError) as error:
-        raise ValueError(problem.replace("{why}", " ".join(str(error).split()))) from None
+        line = problem.replace("{why}", " ".join(str(error).split()))
+        raise ranks.error_of(ranks.status_of(error), line) from None

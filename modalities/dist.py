@@ -160,17 +160,17 @@ def gather_objects(value: T, group: ProcessGroup | None = None) -> list[T]:
 
 @contextlib.contextmanager
 def all_or_none(group: ProcessGroup | None = None) -> Iterator[None]:
-    """A user's mistake (ValueError, OSError) that shows on some ranks is raised on all, so that none goes on alone."""
+    """A ValueError or OSError on some ranks is raised on all, of the same status, so that none goes on alone."""
     problem = None
     try:
         yield
     except (ValueError, OSError) as error:
-        problem = str(error)
+        problem = ranks.status_of(error), str(error)
         if not torch.distributed.is_initialized():
             raise
-    problems = [text for text in gather_objects(problem, group) if text is not None]
+    problems = [found for found in gather_objects(problem, group) if found is not None]
     if problems:
-        raise ValueError(problems[0])
+        raise ranks.error_of(*problems[0])
 
 
 def broadcast_from_main(value: T, group: ProcessGroup | None = None) -> T:

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,12 +25,18 @@ Files = dict[str, dict[str, Any]]
 """Name in the folder → {"size": bytes, "sha256": hex}."""
 
 
+BYTES_PER_SYNC = 1 << 25
+"""After so many the disk is told to write while the rest is hashed."""
+
+
 class HashedFile:
     """A file that is written from its beginning to its end, and hashed on the way."""
 
-    def __init__(self, raw: BinaryIO) -> None:
+    def __init__(self, raw: BinaryIO, syncing: ThreadPoolExecutor) -> None:
         self.raw, self.size, self.sha256 = raw, 0, hashlib.sha256()
         self.error: OSError | None = None
+        self.syncing = syncing
+        self.synced: list[Future[None]] = []
 
     def write(self, data: bytes | memoryview) -> int:
         with memoryview(data).cast("B") as view:
@@ -44,6 +50,8 @@ class HashedFile:
                     raise
                 self.sha256.update(block)
             self.size += len(view)
+            if self.size >= (len(self.synced) + 1) * BYTES_PER_SYNC:
+                self.synced.append(self.syncing.submit(os.fsync, self.raw.fileno()))
             return len(view)
 
     def tell(self) -> int:
@@ -63,18 +71,18 @@ class HashedFile:
 @contextmanager
 def hashed(path: Path) -> Iterator[HashedFile]:
     """A new file, which is on the disk when the block ends."""
-    raw = path.open("wb", buffering=1 << 20)
-    file = HashedFile(raw)
-    try:
-        yield file
+    with path.open("wb", buffering=1 << 20) as raw, ThreadPoolExecutor(1) as syncing:
+        file = HashedFile(raw, syncing)
+        try:
+            yield file
+        except RuntimeError:
+            if file.error is None:
+                raise
+            raise file.error from None  # torch.save says "unexpected pos" of whatever it was
         raw.flush()
+        for synced in file.synced:
+            synced.result()  # the disk's error, which the kernel tells only once
         os.fsync(raw.fileno())
-    except RuntimeError:
-        if file.error is None:
-            raise
-        raise file.error from None  # torch.save says "unexpected pos" of whatever it was
-    finally:
-        raw.close()
 
 
 def write_file(path: Path, content: bytes) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar
 
 STOPPED = 75
 """Exit status: a signal came and the state is saved; the same command continues. It is EX_TEMPFAIL of sysexits.h."""
@@ -27,28 +26,31 @@ PASSING = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ESHUTDOWN, errno.EHOST
 REPORT = "MODALITIES_REPORT"
 """In the environment: the folder that `modalities.run` reads."""
 
-
 _met = threading.Event()
 
 
 class RanksError(ValueError):
     """The recipe cannot be trained by so many ranks: a mistake, unless machines come and go."""
 
-    told: ClassVar[set[str]] = set()
-    """By its text it is known again where all ranks have agreed on a plain ValueError."""
 
-    def __init__(self, line: str) -> None:
-        super().__init__(line)
-        self.told.add(line)
+class PassingError(OSError):
+    """What a disk or a network says that may work again."""
 
 
 def status_of(error: Exception) -> int:
     """What is reported of an error that a user is told in one line: 1 for a mistake, which a new start repeats."""
-    if isinstance(error, ValueError) and str(error) in RanksError.told:
+    if isinstance(error, RanksError):
         return UNFIT
+    if isinstance(error, PassingError):
+        return CRASHED
     if not isinstance(error, OSError) or error.errno == errno.EPIPE:  # nobody reads stdout any more
         return 1
     return CRASHED if isinstance(error, ConnectionError | TimeoutError) or error.errno in PASSING else 1
+
+
+def error_of(status: int, line: str) -> ValueError | PassingError:
+    """The error of that status which says `line`: what another rank is to raise, or one that says more of the cause."""
+    return PassingError(line) if status == CRASHED else RanksError(line) if status == UNFIT else ValueError(line)
 
 
 def rank() -> int:

@@ -140,7 +140,7 @@ class Saver:
         try:
             self.staged.ready()
             path = checkpoint.save(self.run, state, self.recipe, self.world.is_main, facts, parts, self.group)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             if self.world.is_main and not now:
                 count = f"{self.failures + 1} of {self.config.max_failures} in a row"
                 print(f"warning: {error} Training goes on; the next save tries again ({count})", file=sys.stderr)

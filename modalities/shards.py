@@ -38,8 +38,8 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from torch.futures import Future
 from torch.utils.serialization import config as serialization
 
+from modalities import ranks
 from modalities.durable import Files, HashedFile, cores, hashed
-from modalities.ranks import local_world_size
 
 # One process is meant. Not around each call, for filters are the process's, and calls are also made in threads.
 warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
@@ -84,9 +84,10 @@ def write(folder: Path, tensors: Mapping[str, Any], parts: Mapping[str, Tensor],
 
 
 def read(reader: "Reader", tensors: dict[str, Any]) -> None:
-    """Read the nested `tensors` in place; all ranks together."""
+    """Read the nested `tensors` in place, of a sharded one this rank's part."""
     with in_one_line():
-        dcp.load(tensors, storage_reader=reader, no_dist=not distributed())
+        # What this rank needs is in its own tensors and in the metadata: nothing has to be agreed upon.
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
 
 
 def read_metadata(folder: Path, files: Files) -> Metadata:
@@ -133,7 +134,7 @@ class Writer(dcp.FileSystemWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         names = (f"{plan.storage_data.prefix}{i}{DEFAULT_SUFFIX}" for i in range(len(plan.items)))
         future: Future[list[WriteResult]] = Future()
-        with ThreadPoolExecutor(cores(local_world_size())) as pool:
+        with ThreadPoolExecutor(cores(ranks.local_world_size())) as pool:
             # DCP's own threads lose what is raised in them, and with it tensors.
             written = [pool.submit(self.write_file, *each, planner) for each in zip(names, split(plan.items))]  # noqa: B905
         future.set_result([result for file in written for result in file.result()])
@@ -164,7 +165,7 @@ def split(items: list[WriteItem]) -> list[list[WriteItem]]:
         assert item.tensor_data is not None, f"{item.index.fqn} is no tensor"
         return math.prod(item.tensor_data.chunk.sizes) * item.tensor_data.properties.dtype.itemsize
 
-    number = min(cores(local_world_size()), math.ceil(sum(map(size, items)) / BYTES_PER_FILE)) or 1
+    number = min(cores(ranks.local_world_size()), math.ceil(sum(map(size, items)) / BYTES_PER_FILE)) or 1
     files: list[list[WriteItem]] = [[] for _ in range(number)]
     sizes = [0] * number
     for item in sorted(items, key=size, reverse=True):
@@ -205,7 +206,7 @@ class Reader(dcp.FileSystemReader):
                 raise ValueError(f"{item.dest_index.fqn} is no tensor")  # but an object, which DCP would unpickle
             by_file[self.storage_data[item.storage_index].relative_path].append(item)
         future: Future[None] = Future()
-        with ThreadPoolExecutor(cores(local_world_size())) as pool:
+        with ThreadPoolExecutor(cores(ranks.local_world_size())) as pool:
             reading = [pool.submit(self.read_file, name, items, planner) for name, items in by_file.items()]
         for file in reading:
             file.result()
@@ -256,11 +257,11 @@ def distributed() -> bool:
 
 @contextmanager
 def in_one_line() -> Iterator[None]:
-    """What fails on any rank within DCP is a ValueError on all, with the first cause; a lost peer stays what it was."""
+    """What fails within DCP is told by its first cause, on all ranks that DCP asked; a lost peer stays what it was."""
     try:
         yield
     except CheckpointException as error:  # no Exception, so nobody else would catch it
         why = next(iter(error.failures.values()))[0]
         if not isinstance(why, Exception):  # an interrupt
             raise why from None
-        raise ValueError(" ".join(str(why).split())) from None
+        raise ranks.error_of(ranks.status_of(why), " ".join(str(why).split())) from None

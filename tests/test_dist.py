@@ -1,5 +1,6 @@
 """This process among the others: one without torchrun, and two gloo ranks with its environment."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,11 @@ def talk(folder: Path) -> None:
         with pytest.raises(ValueError, match="^the file of rank 1 is missing$"), dist.all_or_none():
             if world.rank == 1:
                 raise FileNotFoundError("the file of rank 1 is missing")
+        # What may work again stays such a thing, so that whoever started the ranks starts them again.
+        with pytest.raises(ranks.PassingError, match="the disk of rank 1") as failed, dist.all_or_none():
+            if world.rank == 1:
+                raise OSError(errno.EIO, "the disk of rank 1")
+        assert ranks.status_of(failed.value) == ranks.CRASHED
         (folder / f"{world.rank}").touch()
     assert not torch.distributed.is_initialized()
 

@@ -1,6 +1,8 @@
 """Folders that are whole or not there: all damage to a checkpoint is found, and the one before it is used."""
 
+import errno
 import json
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,6 +119,23 @@ def test_a_manifest_leads_nowhere_else(two: Path, files: list[Path]) -> None:
 def test_a_full_disk_is_called_so() -> None:
     with pytest.raises(OSError, match="No space left on device"), durable.hashed(Path("/dev/full")) as file:
         torch.save(torch.zeros(10**6), file)  # type: ignore[arg-type]
+
+
+def test_a_disk_that_fails_in_the_middle_of_a_file_is_not_believed_at_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, real = [], os.fsync
+
+    def fsync(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 1:
+            raise OSError(errno.EIO, "of the disk")
+        real(descriptor)
+
+    # No disk here fails when it is asked to, and Linux tells a file of a failure once, as this does.
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match="of the disk"), durable.hashed(tmp_path / "file") as file:
+        file.write(bytes(durable.BYTES_PER_SYNC))
 
 
 def test_what_is_removed_leaves_nothing_that_looks_like_a_checkpoint(tmp_path: Path) -> None:

@@ -194,9 +194,9 @@ def test_what_depends_on_the_number_of_ranks_is_known_after_all_agreed_on_it(tmp
     with pytest.raises(ranks.RanksError) as degrees:
         check_ranks(replace(recipe, parallel=replace(recipe.parallel, shard=2)), 4)
     for mistake in (batch, degrees):
-        # What `dist.all_or_none` makes of it.
-        assert ranks.status_of(ValueError(str(mistake.value))) == ranks.UNFIT
-    assert ranks.status_of(ValueError("another")) == 1
+        # What `dist.all_or_none` makes of it on the other ranks.
+        again = ranks.error_of(ranks.status_of(mistake.value), str(mistake.value))
+        assert (type(again), str(again)) == (ranks.RanksError, str(mistake.value))
 
 
 def test_a_checkpoint_whose_files_cannot_be_looked_at_is_passed_over(tmp_path: Path) -> None:
