@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,13 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from benchmarks.victims import ROOT, Ranks, Result, Trial, checkpoint_at, command, edited, newest, same
 from modalities import durable, shards
-from modalities.pbin import open_pbin
+from modalities.pbin import open_pbin, read_idx
 
 PAGE = 4096  # bytes
 
 
 def full_disks(trial: Trial) -> Result:
-    """No room for the checkpoint (a limit of file sizes on rank 1), the log (/dev/full), a `.pbin` (the limit)."""
+    """No room for the checkpoint (a limit of file sizes on rank 1, a full tmpfs), the log (/dev/full), a `.pbin`."""
     straight, passed = trial.straight(), []
 
     def limited(rank: int) -> None:
@@ -47,6 +47,16 @@ def full_disks(trial: Trial) -> Result:
         older = newest(run) == checkpoint_at(run, 2) and same(checkpoint_at(run, 2), checkpoint_at(straight, 2))
         passed.append(trial.holds(1 in statuses and one_line and older, launch))
 
+    with small_file_system(trial.begun("full-fs", straight.name, 2)) as small:
+        if small is not None:
+            launch = Ranks(trial.folder, 2, command("full-fs", 6, "--checkpoint.every", 2))
+            statuses, told = launch.wait(), launch.err()
+            older = newest(small) == checkpoint_at(small, 2) and same(
+                checkpoint_at(small, 2), checkpoint_at(straight, 2)
+            )
+            passed.append(trial.holds(1 in statuses and "cannot be written" in told and older, launch))
+    real = ", one of them of a file system with 64 KiB left" if small else ""
+
     corpus, tokenizer = trial.folder / "docs.jsonl", Tokenizer(models.WordLevel({"<|endoftext|>": 0, "a": 1}, "a"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(trial.folder / "words.json"))
@@ -58,7 +68,24 @@ def full_disks(trial: Trial) -> Result:
     )  # fmt: skip
     errors = done.stderr.splitlines()
     passed.append(done.returncode == 1 and len(errors) == 1 and not (trial.folder / "full.pbin").exists())
-    return Result(len(passed), sum(passed), "one line each; the older checkpoint loads")
+    return Result(len(passed), sum(passed), f"one line each{real}; the older checkpoint loads")
+
+
+@contextlib.contextmanager
+def small_file_system(run: Path) -> Iterator[Path | None]:
+    """Have `run` lie on a file system of its own, with 64 KiB left; None where this user may mount none."""
+    size = sum(path.stat().st_size // PAGE * PAGE + 2 * PAGE for path in run.rglob("*"))
+    copy = run.rename(run.with_name("copy"))
+    run.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size + 2**16}", "faults", str(run)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        yield None
+        return
+    try:
+        shutil.copytree(copy, run, dirs_exist_ok=True)
+        yield run
+    finally:
+        subprocess.run(["umount", str(run)], check=True)
 
 
 def flips(trial: Trial) -> Result:
@@ -106,7 +133,7 @@ class Malice:
 
 
 def malice(trial: Trial) -> Result:
-    """Pickles that would run a command: in each file of a checkpoint, its hashes made right, and in a `.pbin`."""
+    """Pickles that would run a command: in files of a checkpoint, their hashes made right, in a `.pbin`, in an `.idx`."""
     run = trial.begun("malice", trial.straight().name, 4)
     proof, folder = trial.folder / "executed", checkpoint_at(run, 4)
     touch = f"open({str(proof)!r}, 'w').close()"
@@ -130,11 +157,17 @@ def malice(trial: Trial) -> Result:
                 attempt(folder)
             tried, executed = tried + 1, executed + proof.exists()
             proof.unlink(missing_ok=True)
+    (trial.folder / "docs.jsonl").write_text('{"text": "a"}\n')
     for thing in things:
         source = (trial.folder / "web.pbin").read_bytes()
         (trial.folder / "evil.pbin").write_bytes(source[: 12 + 1100] + pickle.dumps([thing], 4))
         with contextlib.suppress(ValueError):  # that it is refused is as good as that it is read as nothing
             _ = open_pbin(trial.folder / "evil.pbin").index
+        tried, executed = tried + 1, executed + proof.exists()
+        proof.unlink(missing_ok=True)
+        (trial.folder / "docs.idx").write_bytes(pickle.dumps([thing], 4))
+        with contextlib.suppress(ValueError):
+            read_idx(trial.folder / "docs.idx", trial.folder / "docs.jsonl")
         tried, executed = tried + 1, executed + proof.exists()
         proof.unlink(missing_ok=True)
     # The same pickles are dangerous to a reader that trusts them.

@@ -246,8 +246,9 @@ def rope_cos_sin(positions_BT: Tensor, config: ModelConfig) -> tuple[Tensor, Ten
 def rotate(x_BTHE: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """RoPE: the halves of a head turn against each other, as in Llama; in fp32, returned in the dtype of `x`."""
     cos, sin = rope
-    a, b = x_BTHE.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_BTHE.dtype)
+    # Halved before and joined after in its own dtype, which moves half of the bytes.
+    a, b = (half.float() for half in x_BTHE.chunk(2, dim=-1))
+    return torch.cat([half.to(x_BTHE.dtype) for half in (a * cos - b * sin, b * cos + a * sin)], dim=-1)
 
 
 def drop(x: Tensor, probability: float, train: bool) -> Tensor:
