@@ -133,7 +133,7 @@ class Malice:
 
 
 def malice(trial: Trial) -> Result:
-    """Pickles that would run a command: in files of a checkpoint, their hashes made right, in a `.pbin`, in an `.idx`."""
+    """Pickles that would run a command: in files of a checkpoint, hashes made right, in a `.pbin` and an `.idx`."""
     run = trial.begun("malice", trial.straight().name, 4)
     proof, folder = trial.folder / "executed", checkpoint_at(run, 4)
     touch = f"open({str(proof)!r}, 'w').close()"
