@@ -55,7 +55,7 @@ from modalities.folder import LOCK
 
 def kills(trial: Trial) -> Result:
     """SIGKILL of a random rank at a random moment of one run under modalities.run."""
-    count, steps = (2, 150) if trial.quick else (25, 800)
+    count, steps = (1, 60) if trial.quick else (25, 800)
     flags = ("--checkpoint.every", 5, "--eval.every", 50, "--checkpoint.keep-last", 3)
     trained(trial.folder, 2, command("undisturbed", steps, *flags))
     supervise = [sys.executable, "-m", "modalities.run", "--nproc-per-node", "2", "--back-off", "0.1"]
@@ -185,16 +185,8 @@ def retention(trial: Trial) -> Result:
 def stops(trial: Trial) -> Result:
     """SIGTERM to one rank in a step, an evaluation, a save, a start-up and while compiling."""
     phases = ["step", "save"] if trial.quick else ["step", "evaluation", "save", "start-up", "compile"] * 2
-    flags: tuple[object, ...] = (
-        "--checkpoint.every",
-        7,
-        "--eval.every",
-        5,
-        "--eval.samples",
-        0,
-        "--parallel.micro-batch",
-        1,
-    )
+    flags: tuple[object, ...] = ("--checkpoint.every", 7, "--eval.every", 5, "--eval.samples", 0)
+    flags += ("--parallel.micro-batch", 1)
     if "compile" in phases:
         flags += ("--parallel.compile", "block")
     steps = 30 if trial.quick else 60
@@ -264,7 +256,7 @@ def hangs(trial: Trial) -> Result:
 
 def rank_counts(trial: Trial) -> Result:
     """A run that goes on with other numbers of ranks, twice; its order of sequences, and its losses."""
-    ways = [(2, 2, 2), (2, 1, 2)] + ([] if trial.quick else [(1, 4, 2)])
+    ways = [(2, 1, 2)] if trial.quick else [(2, 2, 2), (2, 1, 2), (1, 4, 2)]
     passed, details = 0, []
     for way in ways:
         name = "-".join(map(str, way))

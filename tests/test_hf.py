@@ -202,12 +202,12 @@ print(*peaks)
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """Its logits are compared, too, a layer at a time: the second is 250 MB larger than the first.
+    """Its logits are compared, too, a layer at a time: the second is 125 MB larger than the first.
 
     glibc keeps freed memory, up to 150 MB more in one run than in another, unless each tensor is its own mapping.
     """
-    runs = [tmp_path / f"layers{layers}" for layers in (2, 22)]
-    for run, layers in zip(runs, (2, 22), strict=True):
+    runs = [tmp_path / f"layers{layers}" for layers in (2, 12)]
+    for run, layers in zip(runs, (2, 12), strict=True):
         write_checkpoint(run, replace(tiny.MODEL, width=512, mlp_width=1536, num_layers=layers))
     command, environ = [sys.executable, "-c", EXPORT, *map(str, runs)], os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environ)
