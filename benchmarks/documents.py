@@ -239,6 +239,8 @@ def contest(name: str, arguments: dict[str, Any]) -> None:
             r.ru_utime + r.ru_stime for r in map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
         )
 
+    if cores := arguments.pop("cores", None):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     scratch = Path(tempfile.mkdtemp(dir=arguments["scratch"]))
     paths = {key: Path(arguments[key]) for key in ("docs", "tokenizer")} | {"out": scratch / "out.bin"}
     run = CONTESTANTS[name](**(arguments | paths))
@@ -335,10 +337,11 @@ def main(
             contestants["Modalities"] = packing("pack_modalities", "tokenizers")
         contestants["tokenizers alone"] = packing("bare", "tokenizers")
     elif table == "threads":
-        contestants["prep.py pack, 2 threads"] = packing("pack", "fastokens", 2)
-        contestants["fastokens alone, 2 threads"] = packing("bare", "fastokens", 2)
-        contestants["fastokens alone, 1 thread"] = packing("bare", "fastokens", 1)
-        contestants["prep.py pack, 1 thread"] = packing("pack", "fastokens", 1)
+        # By cores and not by threads, for beside those that encode there is one that reads and writes.
+        for name, label in (("bare", "fastokens alone"), ("pack", "prep.py pack")):
+            for cores in (2, 1):
+                name_, arguments = packing(name, "fastokens", cores)
+                contestants[f"{label}, {cores} core{'s' * (cores > 1)}"] = name_, arguments | {"cores": cores}
     elif table == "memory":
         return memory(scratch, megabytes, common, repeats)
     else:

@@ -86,6 +86,8 @@ def kills(trial: Trial) -> Result:
         killed, died = killed + 1, time.monotonic()
     status = supervisor.wait(600)
     equal = status == 0 and same(checkpoint_at(run, steps), checkpoint_at(trial.run("undisturbed"), steps))
+    if not equal:
+        print(f"modalities.run ended with {status}:\n{(trial.folder / 'killed.err').read_text()}", file=sys.stderr)
     recovered = waits[1:]
     mean = f"{statistics.mean(recovered):.1f} s" if recovered else "never"
     recover = f"{mean} from a kill to the next step (mean of {len(recovered)})"
@@ -203,7 +205,9 @@ def stops(trial: Trial) -> Result:
         stopped = Ranks(trial.folder, 2, args, compiles if phase == "compile" else None)
         stopped.until(functools.partial(has_come, phase, run, before, stopped))
         done = steps_logged(run)
-        stopped.kill(trial.random.randrange(2), signal.SIGTERM)
+        # Ranks that have not met cannot agree; torchrun, stopped, tells all of them.
+        for rank in (0, 1) if phase == "start-up" else (trial.random.randrange(2),):
+            stopped.kill(rank, signal.SIGTERM)
         statuses = stopped.wait()
         late.append(step_of(newest(run)) - done)
         # The step that the signal came in is done, and one more, at whose end all ranks know.

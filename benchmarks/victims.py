@@ -197,10 +197,14 @@ class Ranks:
         return True
 
     def out(self) -> str:
-        return "".join(self._file("out", rank).read_text() for rank in range(len(self.pids)))
+        return self._said("out")
 
     def err(self) -> str:
-        return "".join(self._file("err", rank).read_text() for rank in range(len(self.pids)))
+        return self._said("err")
+
+    def _said(self, kind: str) -> str:
+        files = [self._file(kind, rank) for rank in range(len(self.pids))]
+        return "".join(file.read_text() for file in files if file.exists())  # a rank makes its own
 
 
 def trained(folder: Path, count: int, args: list[str], hook: Hook | None = None) -> Ranks:

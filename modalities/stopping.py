@@ -174,7 +174,8 @@ def _note(read_end: int) -> None:
             if number != signal.SIGINT and not ranks.has_met():
                 # The main thread may wait for the others without end, and would not ask.
                 line = stopped(number, IN_START_UP)
-                ranks.report_end(ranks.STOPPED, line)
+                # It may be torchrun, ending whom a crash has left: modalities.run, if it was not told, starts again.
+                ranks.report_end(ranks.CRASHED, line)
                 if ranks.is_main():
                     ranks.say(line, 1)
                 os._exit(ranks.STOPPED)

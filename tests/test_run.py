@@ -157,6 +157,18 @@ def test_a_second_interrupt_ends_all_at_once(tmp_path: Path) -> None:
     assert not lives(int((tmp_path / "ready").read_text()))
 
 
+def test_a_process_that_torchrun_ends_in_start_up_is_started_again(tmp_path: Path) -> None:
+    """As those are that a killed one has left; nobody told modalities.run to stop."""
+    body = """from modalities import stopping
+    if start == 1:
+        stopping.listen()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)"""
+    status, starts, lines = end(tmp_path, body)
+    assert (status, starts) == (0, 2)
+    assert "stopped by SIGTERM in start-up" in lines[-1] and "restart 1 of 10" in lines[-1]
+
+
 LAUNCH = """
 import sys
 from pathlib import Path
