@@ -50,7 +50,8 @@ class Setting:
 def model_of(setting: Setting) -> "ModelConfig":
     """The model of the recipe of that name; where `tiny`, the same with two narrow layers and few words."""
     from modalities import presets
-    from modalities.model import ModelConfig, RopeScaling
+    from modalities.model import ModelConfig
+    from modalities.rope import RopeScaling
 
     if setting.model == "gpt2_60m":
         model = ModelConfig(vocab_size=50_257, num_layers=10, width=512, num_heads=8, mlp_width=1536, max_seq_len=512)
@@ -109,7 +110,7 @@ def measure(setting: Setting) -> dict[str, Any]:
             raise ValueError("torch.compile finds no C++ compiler (g++)")
         skeleton = build_skeleton(model)
         config = optim.OptimConfig()
-        optimizer = optim.adamw(config, [name for name, _ in skeleton.named_parameters()])
+        optimizer = optim.make(config, [name for name, _ in skeleton.named_parameters()])
         fsdp.parallelize(skeleton, world.mesh, parallel)
         params = fsdp.init_params(skeleton, 0, world.device)
         by_block = parallel.compiles_blocks(sharded=False)

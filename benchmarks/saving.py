@@ -45,7 +45,7 @@ def contest(rank: int, ranks: int, port: int, name: str, repeats: int, folder: s
         model = build_skeleton(chosen.model)
         fsdp.parallelize(model, world.mesh, chosen.parallel)
         params = fsdp.init_params(model, 0, world.device)
-        opt_state = optim.adamw(chosen.optim, params).init(params)
+        opt_state = optim.make(chosen.optim, params).init(params)
         state = TrainState(params, opt_state)
         parts = checkpoint.parts_of(state)
         for part in parts.values():

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from modalities import durable, ranks
+from modalities import durable, ema, ranks
 from modalities.dist import all_or_none, broadcast_from_main, gather_objects
 from modalities.durable import read_manifest
 from modalities.optim import Params, local
@@ -41,7 +41,8 @@ class CheckpointConfig:
     keep_every: int = 0
     """Checkpoints of steps that this divides stay as well; 0: none."""
     keep_best: int = 0
-    """So many of the lowest loss, the mean over the validation sets, stay as well; 0: none."""
+    """So many of the lowest loss, the mean over the validation sets, stay as well; 0: none. It is the loss of the
+    weights themselves, also where a running mean of them (`ema`) is evaluated beside them."""
     background: bool = True
     """Write while training goes on, from a copy of the state in the host's memory."""
     max_failures: int = 3
@@ -91,15 +92,18 @@ def save(
         if broadcast_from_main(exists, group):
             return path
         try:
-            tensors = {"params": state.params, "opt_state": state.opt_state}
+            tensors = {"params": state.params, "opt_state": state.opt_state} | ({"ema": state.ema} if state.ema else {})
             written = shards.write(part, tensors, parts or parts_of(state), group)
             every = gather_objects(written, group)
             with all_or_none(group):
                 if is_main:
                     text = json.dumps(recipe, indent=2) + "\n"
                     files = {"recipe.json": durable.write_file(part / "recipe.json", text.encode())}
-                    guard = {name: value.tolist() for name, value in state.guard.items()}
-                    known = {"step": state.step, "samples": state.samples, **(facts or {}), "guard": guard}
+                    small = {
+                        kind: {name: value.tolist() for name, value in values.items()}
+                        for kind, values in (("guard", state.guard), ("noise", state.noise))
+                    }
+                    known = {"step": state.step, "samples": state.samples, **(facts or {}), **small}
                     durable.finish(part, path, known, files | {k: v for rank in every for k, v in rank.items()})
         except BaseException:
             if is_main:
@@ -113,7 +117,7 @@ def parts_of(state: TrainState) -> dict[str, Tensor]:
     parts = {f"params.{name}": local(param) for name, param in state.params.items()}
     for kind, tensors in state.opt_state.items():
         parts |= {f"opt_state.{kind}.{name}": local(tensor) for name, tensor in tensors.items()}
-    return parts
+    return parts | {f"ema.{name}": local(tensor) for name, tensor in state.ema.items()}
 
 
 def valid_or_aside(path: Path) -> bool:
@@ -149,27 +153,52 @@ def newest(run: Path) -> Path | None:
 def restore(path: Path, state: TrainState) -> TrainState:
     """Load a verified checkpoint into the tensors of `state` (names, shapes, sharding); all ranks together.
 
-    `ValueError` where it is of another model, or holds weights alone.
+    Where it has no running mean of the weights, the mean begins with them. `ValueError` where it is of another model,
+    or holds weights alone.
     """
     problem = f"{path} is no checkpoint of this run ({{why}}); to start another run from its weights give --model-from"
-    manifest = read(path, {"params": state.params, "opt_state": state.opt_state}, problem)
-    guard = {name: torch.tensor(value, dtype=torch.float64) for name, value in manifest.get("guard", {}).items()}
-    return TrainState(state.params, state.opt_state, manifest["step"], manifest["samples"], guard)
+    tensors = {"params": state.params, "opt_state": state.opt_state, "ema": state.ema}
+    manifest = read(path, tensors, problem, optional=("ema",))
+    if "ema" not in tensors:
+        ema.restart(state.ema, state.params)
+    guard, noise = (
+        {name: torch.tensor(value, dtype=torch.float64) for name, value in manifest.get(kind, {}).items()}
+        for kind in ("guard", "noise")
+    )
+    return TrainState(state.params, state.opt_state, manifest["step"], manifest["samples"], guard, state.ema, noise)
 
 
-def load_params(path: Path, params: Params) -> Params:
-    """Load the weights alone of a verified checkpoint into `params`; `ValueError` where it is of another model."""
-    read(path, {"params": params}, f"the weights of {path} cannot be read ({{why}})")
+def load_params(path: Path, params: Params, kind: str = "params") -> Params:
+    """Load the weights alone of a verified checkpoint into `params`; `ValueError` where it is of another model.
+
+    `kind`: "ema" for their running mean, which it must have.
+    """
+    read(path, {kind: params}, f"the weights of {path} cannot be read ({{why}})")
     return params
 
 
-def read(path: Path, tensors: dict[str, Any], problem: str) -> dict[str, Any]:
-    """Read the `tensors` of a checkpoint in place; returns its manifest. `problem` is what a ValueError says."""
+def has_ema(path: Path) -> bool:
+    """Whether a verified checkpoint has a running mean of the weights."""
+    from modalities import shards
+
+    with one_line(f"{path} cannot be read ({{why}})"):
+        return shards.Reader(path, durable.read_facts(path)["files"]).has("ema")
+
+
+def read(path: Path, tensors: dict[str, Any], problem: str, optional: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Read the `tensors` of a checkpoint in place; returns its manifest. `problem` is what a ValueError says.
+
+    The `optional` kinds that it lacks are taken out of `tensors`.
+    """
     from modalities import shards
 
     with one_line(problem), all_or_none():
         manifest = durable.read_facts(path)
-        shards.read(shards.Reader(path, manifest["files"]), tensors)
+        reader = shards.Reader(path, manifest["files"])
+        for kind in optional:
+            if not reader.has(kind):
+                del tensors[kind]
+        shards.read(reader, tensors)
     return manifest
 
 

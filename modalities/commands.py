@@ -124,10 +124,37 @@ def demo(out: Path = Path("data/demo")) -> None:
         val.with_suffix(".idx"): lambda: index(val),
         val.with_suffix(".pbin"): lambda: pack((str(val),), tokenizer_json),
     }
+    make_missing(out, steps)
+
+
+def make_missing(out: Path, steps: dict[Path, Callable[[], None]]) -> None:
+    """Make the files of `steps` that are not there, in that order."""
     missing = {path: step for path, step in steps.items() if not path.exists()}
     for step in missing.values():
         step()
     print(f"{out}: {'wrote ' + ', '.join(p.name for p in missing) if missing else 'complete, nothing to do'}")
+
+
+def demo_chat(out: Path = Path("data/demo_chat")) -> None:
+    """Make the demo's conversations, with a tokenizer and a template of their own, and pack them; no download.
+
+    Args:
+        out: The folder to fill; what is there already is kept.
+    """
+    from modalities import demo_chat
+    from modalities.tokenizer import train_tokenizer
+
+    train, val, tokenizer_json = out / "train.jsonl", out / "val.jsonl", out / "tokenizer.json"
+    texts = (text for turns in demo_chat.conversations() for text in turns)
+    steps: dict[Path, Callable[[], None]] = {
+        train: lambda: demo_chat.write_conversations(train, held_out=False),
+        val: lambda: demo_chat.write_conversations(val, held_out=True),
+        tokenizer_json: lambda: train_tokenizer(texts, 384, tokenizer_json, demo_chat.SPECIAL),
+        out / "chat_template.jinja": lambda: demo_chat.write_template(out / "chat_template.jinja"),
+        train.with_suffix(".pbin"): lambda: chat((str(train),), tokenizer_json, eod=demo_chat.END),
+        val.with_suffix(".pbin"): lambda: chat((str(val),), tokenizer_json, eod=demo_chat.END),
+    }
+    make_missing(out, steps)
 
 
 def tokenizer(
@@ -299,4 +326,5 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect,
     "tokenizer": tokenizer,
     "demo": demo,
+    "demo-chat": demo_chat,
 }

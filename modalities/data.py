@@ -6,7 +6,7 @@ a run resumes in O(1) and the global order is the same on any number of ranks. I
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,8 +177,17 @@ class TrainData:
     `read` is the pure function; `batch` is the same on the device, with the next batch being read meanwhile.
     """
 
-    def __init__(self, config: DataConfig, vocab_size: int, seed: int, micro_batch: int, world: World) -> None:
-        self.config, self.micro_batch, self.world = config, micro_batch, world
+    def __init__(
+        self,
+        config: DataConfig,
+        vocab_size: int,
+        seed: int,
+        micro_batch: int,
+        world: World,
+        beside: Callable[[np.ndarray], Batch] | None = None,
+    ) -> None:
+        """`beside`: what batches are to hold besides, by the numbers of sequences of the only source."""
+        self.config, self.micro_batch, self.world, self.beside = config, micro_batch, world, beside
         masks = config.masks or ("",) * len(config.train)
         files = zip(config.train, masks, strict=True)
         self.sources = [open_sequences(config, path, mask, vocab_size) for path, mask in files]
@@ -210,6 +219,8 @@ class TrainData:
         """
         sources, numbers = self.order(samples)
         batch = self.sources[0].read(numbers) if len(self.sources) == 1 else self.read_mixed(sources, numbers)
+        if self.beside is not None:
+            batch |= self.beside(numbers)
         batch = {key: value.unflatten(0, (-1, self.micro_batch)) for key, value in batch.items()}
         return {k: v.pin_memory() for k, v in batch.items()} if self.world.device.type == "cuda" else batch
 

@@ -20,7 +20,8 @@ from modalities import cli, dist, trained
 from modalities.config import from_dict
 from modalities.data import DataConfig, ValData, open_val
 from modalities.loss import IGNORED, Batch
-from modalities.step import cast, make_eval_step, make_loss_fn
+from modalities.step import apply, cast, make_eval_step, make_loss_fn
+from modalities.topk import TOKENS_AT_ONCE, write_notes
 from modalities.trained import Trained
 
 if TYPE_CHECKING:
@@ -107,6 +108,39 @@ def evaluate(
     return scores
 
 
+def write_topk(
+    model: Trained, data: DataConfig, out: Path, k: int, temperature: float, batch_size: int, device: torch.device
+) -> str:
+    """Write what `model` says of each token of the only file of `data.val`, for students; a line on it."""
+    weights, vocab_size = cast(model.model, model.params, model.dtype), model.config.vocab_size
+
+    @torch.no_grad()
+    def logits(batch: Batch) -> Iterator[Tensor]:
+        batch = {key: value.to(device) for key, value in batch.items()}
+        inputs = (batch["inputs"], False, batch.get("positions"), batch.get("documents"))
+        hidden_BTD, weight_VD = apply(model.model, weights, *inputs, head=lambda hidden, weight: (hidden, weight))
+        for hidden_ND in hidden_BTD.flatten(0, 1).split(TOKENS_AT_ONCE):
+            yield model.model.logits(hidden_ND, weight_VD)
+
+    count = write_notes(out, data, data.val[0], vocab_size, k, temperature, logits, batch_size)
+    return (
+        f"{out}: {k} words for each of {count * data.seq_len:,} tokens in {count:,} sequences of {data.seq_len} "
+        f"({data.sampling}) of {data.val[0]}, {out.stat().st_size / 1e6:,.1f} MB, by {model.folder}"
+    )
+
+
+def check_topk(data: DataConfig, vocab_size: int, k: int, temperature: float, samples: int, ranks: int) -> None:
+    """Raise ValueError if --save-topk cannot be had with the other flags."""
+    if ranks > 1:
+        raise ValueError("--save-topk is for one process; start it without torchrun")
+    if len(data.val) != 1 or samples:
+        raise ValueError("--save-topk is of one whole file; give --data TRAIN.pbin, and no --samples")
+    if not 1 <= k <= vocab_size:
+        raise ValueError(f"--topk is {k}, but must be between 1 and the model's vocab_size {vocab_size:,}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"--topk-temperature is {temperature}, but must be positive and finite")
+
+
 def bytes_per_token(tokenizer: "Tokenizer", vocab_size: int, eod: str | None) -> Tensor:
     """UTF-8 bytes of the text that each token adds to what lies before it, int64 [vocab_size].
 
@@ -170,6 +204,18 @@ def as_json(score: Score) -> dict[str, Any]:
     return {"sequences": score.sequences, "tokens": score.tokens, "bytes": score.num_bytes, **finite}
 
 
+def report(model: Trained, config: DataConfig, scores: dict[str, Score], json: bool) -> str:
+    """The scores of each file and of all together, as a table or as one JSON object."""
+    total = functools.reduce(operator.add, scores.values())
+    if json:
+        sources = {name: as_json(score) for name, score in scores.items()}
+        facts = {"model": f"{model.folder}", "seq_len": config.seq_len}
+        return dumps({**facts, "sources": sources, "total": as_json(total)})
+    mean = " (EMA)" if model.weights == "ema" else ""
+    head = f"{model.folder}{mean}: sequences of {config.seq_len} tokens, {config.sampling}, {model.dtype}"
+    return f"{head}\n{show(scores | {'total': total} if len(scores) > 1 else scores)}"
+
+
 def main(
     model: Path,
     /,
@@ -179,7 +225,11 @@ def main(
     batch_size: int = 8,
     samples: int = 0,
     dtype: Literal["float32", "bfloat16"] | None = None,
+    ema: bool = False,
     json: bool = False,
+    save_topk: Path | None = None,
+    topk: int = 32,
+    topk_temperature: float = 1.0,
 ) -> None:
     """Measure loss, perplexity and bits per byte of a trained model on packed files, each of them and all together.
 
@@ -191,42 +241,35 @@ def main(
         batch_size: Sequences that a rank puts through the model at once.
         samples: Sequences to read of each file, from its beginning; 0: all.
         dtype: Computed in; None: as it was trained, or as a Hugging Face folder says.
+        ema: With the running mean of the weights that the run kept (ema.decay).
         json: Print one JSON object instead of the table.
+        save_topk: Instead, write the model's likeliest words after each token of --data there, for a student's
+            distill.teacher_topk.
+        topk: So many words.
+        topk_temperature: The student's distill.temperature.
     """
     for flag, value, least in (("batch-size", batch_size, 1), ("samples", samples, 0)):
         if value < least:
             raise ValueError(f"--{flag} is {value}, but must be at least {least}")
     with dist.setup() as world:
         with dist.all_or_none():
-            loaded = trained.load(model, world.device)
+            loaded = trained.load(model, world.device, ema)
             if dtype:
                 loaded = replace(loaded, dtype=getattr(torch, dtype))
             config, vocab_size = data_config(loaded, data, masks, seq_len), loaded.model.config.vocab_size
+            if save_topk is not None:
+                check_topk(config, vocab_size, topk, topk_temperature, samples, world.size)
+                print(write_topk(loaded, config, save_topk, topk, topk_temperature, batch_size, world.device))
+                return
             files, bytes_V = open_val(config, vocab_size, samples, batch_size, world), None
             if loaded.tokenizer is not None and loaded.tokenizer.is_file():
                 tokenizer = trained.load_tokenizer(loaded.tokenizer, vocab_size)
                 bytes_V = bytes_per_token(tokenizer, vocab_size, loaded.eod)
         scores = evaluate(loaded, files, bytes_V, world.device)
-        total = functools.reduce(operator.add, scores.values())
-        if not world.is_main:
-            return
-        if json:
-            sources = {name: as_json(score) for name, score in scores.items()}
-            print(
-                dumps(
-                    {
-                        "model": f"{loaded.folder}",
-                        "seq_len": config.seq_len,
-                        "sources": sources,
-                        "total": as_json(total),
-                    }
-                )
-            )
-            return
-        print(f"{loaded.folder}: sequences of {config.seq_len} tokens, {config.sampling}, {loaded.dtype}")
-        print(show(scores | {"total": total} if len(scores) > 1 else scores))
-        if bytes_V is None:
-            print("no bits per byte: the model has no tokenizer.json, which would tell how long the text is")
+        if world.is_main:
+            print(report(loaded, config, scores, json))
+            if bytes_V is None and not json:
+                print("no bits per byte: the model has no tokenizer.json, which would tell how long the text is")
 
 
 if __name__ == "__main__":

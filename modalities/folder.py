@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from modalities import checkpoint, dist, fingerprints, log, trained
+from modalities import checkpoint, dist, fingerprints, log, teacher, trained
 from modalities.config import differences, printable, to_dict
 from modalities.fingerprints import ResumeConfig
 from modalities.pbin import write_beside
@@ -23,7 +23,7 @@ from modalities.recipe import OF_WEIGHTS, Recipe, check_ranks, from_json
 # A run's folder belongs to one recipe. These fields may differ when it is continued: they change nothing that is
 # computed but the order of roundings, and the random numbers of dropout.
 HARMLESS = (
-    "name", "log.", "checkpoint.", "resume.", "watchdog.", "eval.", "sample.", "data.names", "data.val",
+    "name", "log.", "checkpoint.", "resume.", "watchdog.", "eval.", "noise.", "sample.", "data.names", "data.val",
     "data.tokenizer", "data.eod", "model.attention", "loss.implementation", "loss.chunk_tokens", "parallel.micro_batch",
     "parallel.shard", "parallel.replicate", "parallel.tensor", "parallel.reshard_after_forward",
     "parallel.blocks_per_unit", "parallel.prefetch", "parallel.cpu_offload", "parallel.activation_checkpointing",
@@ -110,9 +110,10 @@ def check_folder(recipe: Recipe) -> Place:
     if changes and not recipe.resume.allow_changes:  # before a checkpoint is read whole, which may take long
         raise refusal(recipe, changes)
 
-    newest, marks = checkpoint.newest(recipe.folder), fingerprints.of_files(recipe.data.files)
+    files, were = (of.data.files | teacher.files(of.distill) for of in (recipe, old))
+    newest, marks = checkpoint.newest(recipe.folder), fingerprints.of_files(files)
     saved = json.loads((newest / checkpoint.MANIFEST).read_text()).get("fingerprints", {}) if newest else {}
-    differing = fingerprints.changed(old.data.files, recipe.data.files, saved, marks)
+    differing = fingerprints.changed(were, files, saved, marks)
     for name in [name for name in differing if name.startswith("data.val")]:
         print(f"warning: {differing.pop(name)}; from here on its curve is of other data", file=sys.stderr)
     if differing and not recipe.resume.allow_changes:

@@ -348,6 +348,7 @@ def main(
     context: int | None = None,
     cache: bool = True,
     dtype: Literal["float32", "bfloat16"] | None = None,
+    ema: bool = False,
     json: bool = False,
 ) -> None:
     """Continue texts with a trained model.
@@ -363,6 +364,7 @@ def main(
         context: Tokens that the model sees; None: what it was trained on.
         cache: Keep keys and values; without, every token costs a pass over the whole text.
         dtype: Computed in; None: as it was trained, or as a Hugging Face folder says.
+        ema: Use the running mean of the weights that the run kept (ema.decay).
         json: Print one JSON object a prompt with checkpoint, prompt, text, tokens and stop_reason.
     """
     given = find_prompts(prompt, prompts)
@@ -371,15 +373,14 @@ def main(
     if "" in stop:
         raise ValueError("--stop is empty, but must be a text")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trained = load(model, device)
+    trained = load(model, device, ema)
     context = check_context(trained, context)
     if trained.tokenizer is None:
         raise ValueError(f"{model} has no tokenizer (a run: data.tokenizer is empty), so it knows no text")
     tokenizer = load_tokenizer(trained.tokenizer, trained.model.config.vocab_size)
     ends = end_tokens(trained, tokenizer)
     eod = None if trained.eod is None else tokenizer.token_to_id(trained.eod)
-    computed_in = getattr(torch, dtype) if dtype else trained.dtype
-    decoder = make_decoder(trained.model, trained.params, computed_in, device)
+    decoder = make_decoder(trained.model, trained.params, getattr(torch, dtype) if dtype else trained.dtype, device)
 
     def answer(prompts: Sequence[str], first_row: int, stream: bool) -> None:
         texts = [Continuation(tokenizer, prompt_tokens(tokenizer, text, eod), ends, stop) for text in prompts]
@@ -439,11 +440,10 @@ def ask() -> Iterator[str]:
 
 def run(args: list[str]) -> None:
     """`main` with what the flags say."""
-    import tyro.conf
+    from tyro.conf import OmitArgPrefixes, UseAppendAction
 
     # `--prompt A --prompt B`, and the fields of GenerateConfig without its name before them.
-    options = (tyro.conf.UseAppendAction, tyro.conf.OmitArgPrefixes)
-    cli.call(main, args, prog="python -m modalities.generate", config=options)
+    cli.call(main, args, prog="python -m modalities.generate", config=(UseAppendAction, OmitArgPrefixes))
 
 
 if __name__ == "__main__":

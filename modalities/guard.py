@@ -244,7 +244,11 @@ def place_of(tensor: Tensor) -> Place:
 
 def checksums(state: TrainState) -> dict[Place, dict[str, int]]:
     """The checksum of each of this rank's tensors, by the place and the name."""
-    columns = {"": state.params, **{f" ({column})": tensors for column, tensors in state.opt_state.items()}}
+    columns = {
+        "": state.params,
+        " (ema)": state.ema,
+        **{f" ({column})": tensors for column, tensors in state.opt_state.items()},
+    }
     named = {name + column: tensor for column, tensors in columns.items() for name, tensor in tensors.items()}
     sums = torch.stack([checksum(local(tensor)).to(state_device(state)) for tensor in named.values()]).tolist()
     by_place: dict[Place, dict[str, int]] = defaultdict(dict)

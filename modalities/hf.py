@@ -1,5 +1,7 @@
 """Hugging Face folders both ways: `python -m modalities.hf export RUN --out DIR`, and `import DIR --out RUN`.
 
+And `average`, whose models may be either.
+
 An export reads a sharded checkpoint one tensor at a time, never the optimizer's state, and checks itself before its
 folder appears. It needs torch, safetensors and tokenizers; transformers is what others then open the folder with.
 """
@@ -9,26 +11,20 @@ import hashlib
 import json
 import math
 import re
-import secrets
-import shutil
 import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from modalities import __version__, checkpoint, cli, families, log, trained
-from modalities.config import to_dict
-from modalities.data import DataConfig
-from modalities.fsdp import ParallelConfig
+from modalities import __version__, checkpoint, cli, families, log, mup, trained
+from modalities.adopt import adopt, as_json, folder_beside, refuse_out
+from modalities.average import average
 from modalities.model import ModelConfig, build_skeleton, num_params
 from modalities.optim import Params
-from modalities.pbin import fsync, refuse_existing
-from modalities.step import TrainState
-from modalities.trained import TOKENIZER_FILES, Found
+from modalities.trained import Found
 
 Dtype = Literal["float32", "bfloat16"]
 SAFETENSORS = {"float32": "F32", "bfloat16": "BF16"}
@@ -43,7 +39,13 @@ LOGITS_BOUND = {"float32": 1e-6, "bfloat16": 0.1}
 
 
 def export(
-    run: Path, /, out: Path, step: int | None = None, max_shard_size: str = "5GB", dtype: Dtype = "float32"
+    run: Path,
+    /,
+    out: Path,
+    step: int | None = None,
+    max_shard_size: str = "5GB",
+    dtype: Dtype = "float32",
+    ema: bool = False,
 ) -> None:
     """Write a checkpoint as a folder that transformers loads.
 
@@ -53,12 +55,14 @@ def export(
         step: The run's checkpoint of this step.
         max_shard_size: Largest weights file, such as 5GB or 300MB; a tensor that is larger has a file of its own.
         dtype: Of the weights; float32 keeps them to the bit.
+        ema: The running mean of the weights that the run kept (ema.decay), not they.
     """
     refuse_out(out)
-    limit, source = parse_size(max_shard_size), find_checkpoint(run, step)
+    limit, source = parse_size(max_shard_size), find_checkpoint(run, step, ema)
     stored = families.layout(source.config)
     text, facts = text_files(source)
-    config = families.config_to_hf(source.config, dtype, facts.get("bos_token_id"), facts.get("eos_token_id"))
+    standard = mup.standard(source.config)
+    config = families.config_to_hf(standard, dtype, facts.get("bos_token_id"), facts.get("eos_token_id"))
     with folder_beside(out) as part:
         digests = write_weights(part, source, stored, limit, dtype)
         write_json(part / "config.json", config)
@@ -77,7 +81,7 @@ def export(
         print(f"its tokenizer has no token data.eod {source.eod!r}, so generation will not end by one")
 
 
-def find_checkpoint(run: Path, step: int | None) -> Found:
+def find_checkpoint(run: Path, step: int | None, ema: bool = False) -> Found:
     """The verified checkpoint that `run` and `step` mean."""
     if step is not None and (run / checkpoint.MANIFEST).exists():
         raise ValueError(f"{run} is one checkpoint already; leave --step out, or give the run's folder")
@@ -85,7 +89,7 @@ def find_checkpoint(run: Path, step: int | None) -> Found:
     if step is not None and not folder.is_dir():
         steps = ", ".join(f"{int(path.name[5:])}" for path in sorted(run.glob("step-*")) if path.name[5:].isdigit())
         raise ValueError(f"{run} has no checkpoint of step {step}; it has {steps or 'none'}")
-    found = trained.find(folder)
+    found = trained.find(folder, ema)
     if found.recipe is None:
         raise ValueError(f"{run} is a Hugging Face folder already; give a run (runs/<name>) or a checkpoint in it")
     return found
@@ -112,8 +116,9 @@ def write_weights(
     def read(name: str) -> Tensor:
         params = []
         for ours, rows in stored[name].rows.items():
-            param = checkpoint.load_params(source.folder, {ours: torch.empty(shapes[ours])})[ours]
-            params.append(param[:rows].to(getattr(torch, dtype)))
+            param = checkpoint.load_params(source.folder, {ours: torch.empty(shapes[ours])}, source.weights)[ours]
+            param = mup.scaled(param[:rows], mup.folded_multiple(source.config, ours))
+            params.append(param.to(getattr(torch, dtype)))
             digests[ours] = digest(params[-1])
         return stored[name].join(params)
 
@@ -222,7 +227,8 @@ def model_card(source: Found, num_params: int, architecture: str, title: str) ->
         for line in log.read_metrics(source.folder.parent):
             if line["step"] <= manifest["step"]:
                 last |= line
-    names = [name for name in last if name == "loss" or name.startswith(("loss/", "val/"))]
+    mean = " These weights are the running mean of the trained ones (EMA)." if source.weights == "ema" else ""
+    names = [name for name in last if name == "loss" or name.startswith(("loss/", *log.VALIDATED))]
     rows = [f"| {name} | {last[name]:.4f} |" for name in names if last[name] is not None]
     losses = "\n".join(["| loss | nats per token |", "|---|---|", *rows]) if rows else "No losses were recorded."
     return f"""---
@@ -231,7 +237,7 @@ pipeline_tag: text-generation
 ---
 # {title}
 
-A {architecture} of {num_params:,} parameters, after {manifest["step"]:,} steps of training on {tokens:,} tokens.
+A {architecture} of {num_params:,} parameters, after {manifest["step"]:,} steps of training on {tokens:,} tokens.{mean}
 Made with Modalities {__version__}.
 
 {losses}
@@ -263,10 +269,13 @@ def check(folder: Path, source: Found, digests: dict[str, str], dtype: Dtype) ->
         raise ValueError(f"{folder}: {min(different)} is not what was written; is the disk full or damaged?")
     text = f"all {len(found)} parameters are there once, and equal to the checkpoint's to the bit"
     text += "" if dtype == "float32" else f" once rounded to {dtype}"
+    text += ", µP's multiples folded into them" if source.config.mup_base_width else ""
     shapes = shapes_of(config)
 
     def read(names: set[str]) -> Params:
-        return checkpoint.load_params(source.folder, {name: torch.empty(shapes[name]) for name in names})
+        return checkpoint.load_params(
+            source.folder, {name: torch.empty(shapes[name]) for name in names}, source.weights
+        )
 
     def read_back(names: set[str]) -> Params:
         return {name: weight for name, weight in families.read_weights(folder, config, names) if name in names}
@@ -329,83 +338,27 @@ def import_folder(folder: Path, /, out: Path) -> None:
     """
     refuse_out(out)
     source = trained.find_hugging_face(folder)
-    config, has_tokenizer = source.config, source.tokenizer is not None
+    config = source.config
     if source.tokenizer is not None:
         trained.load_tokenizer(source.tokenizer, config.vocab_size)  # which a model of fewer tokens refuses
-    eod = source.eod if has_tokenizer else None
-    data = DataConfig(
-        # Whoever trains on it names data of their own.
-        train=("data/train.pbin",),
-        val=(),
-        tokenizer=str(out / "tokenizer.json") if has_tokenizer else "",
-        eod=eod or "",
-        seq_len=min(DataConfig.seq_len, config.max_seq_len),
-    )
-    recipe = {
-        "name": out.resolve().name,
-        "steps": 1,
-        "model": to_dict(config),
-        "model_from": str(out),  # so that a run of this recipe under another name starts from these weights
-        "data": to_dict(data),
-        "parallel": to_dict(ParallelConfig(param_dtype="bfloat16" if source.dtype == torch.bfloat16 else "float32")),
-        "log": {"dir": str(out.parent)},
-    }
-    with folder_beside(out) as part:
-        params = dict(families.read_weights(folder, config))
-        checkpoint.save(part, TrainState(params, {}), recipe, is_main=True)
-        write_json(part / "recipe.json", recipe)
-        for name in ("tokenizer.json", *TOKENIZER_FILES) if has_tokenizer else ():
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, part / name)
+    adopt(dict(families.read_weights(folder, config)), source, out)
     print(f"{out}: {num_params(config):,} parameters from {folder}, as the checkpoint step-00000000")
-    if not has_tokenizer:
+    if source.tokenizer is None:
         print(f"{folder} has no tokenizer.json, so the run has no tokenizer: it takes tokens, and generates no text")
-    elif eod is None:
+    elif source.eod is None:
         print(f"{folder} names no token that ends texts (eos_token), so data.eod is empty")
 
 
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
-def refuse_out(out: Path) -> None:
-    """ValueError for a folder that exists, or that a run would take for one of its checkpoints."""
-    refuse_existing(out)
-    whole = out.resolve()
-    if re.fullmatch(r"step-\d+", whole.name) and any(whole.parent.glob(f"step-*/{checkpoint.MANIFEST}")):
-        raise ValueError(f"{out} would lie among the checkpoints of a run and be taken for one; give another --out")
-
-
-@contextmanager
-def folder_beside(path: Path) -> Iterator[Path]:
-    """A new folder that becomes `path` when the block ends and vanishes when it raises; an existing one is refused."""
-    refuse_existing(path)
-    # A name of its own, so that two processes with the same target cannot write into one folder.
-    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-    part.mkdir(parents=True)
-    try:
-        yield part
-        for file in [file for file in part.rglob("*") if file.is_file()]:
-            fsync(file)
-        fsync(part)
-        refuse_existing(path)
-        part.rename(path)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-    fsync(path.parent)
-
-
 def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_bytes(as_json(value))
 
 
-def as_json(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
 def main(args: list[str]) -> None:
-    commands = {"export": export, "import": import_folder}
-    cli.call_subcommand(commands, args, "python -m modalities.hf", "Hugging Face folders, both ways.")
+    commands: dict[str, Callable[..., None]] = {"export": export, "import": import_folder, "average": average}
+    cli.call_subcommand(commands, args, "python -m modalities.hf", "Hugging Face folders, both ways; means of models.")
 
 
 if __name__ == "__main__":

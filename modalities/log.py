@@ -87,9 +87,14 @@ TAGS = {
     "tokens_per_s": "perf/tokens_per_s",
     "mfu": "perf/mfu",
     "skipped": "train/skipped",
+    "noise_scale": "train/noise_scale",
     "peak_memory": "perf/peak_memory",
     "compile_s": "perf/compile_s",
 }
+
+
+VALIDATED = ("val/", "val_ema/")
+"""Begin the names of losses on validation sets: of the weights, and of their running mean."""
 
 
 class Log:
@@ -145,8 +150,12 @@ class Log:
             return
         (step, samples, metrics), self.pending = self.pending, None
         values = {key: float(value) for key, value in metrics.items()}  # waits for that step on the device
-        # A source that had no target in this step has no loss.
-        values = {key: value for key, value in values.items() if not (key.startswith("loss/") and math.isnan(value))}
+        # A source that had no target in this step has no loss, and what is drowned in noise no noise scale.
+        values = {
+            key: value
+            for key, value in values.items()
+            if not (key.startswith(("loss/", "noise_scale")) and math.isnan(value))
+        }
         if not values.get("skipped", 1):
             del values["skipped"]
         gauges = self.progress.gauges()
@@ -177,12 +186,21 @@ class Log:
         self.append("metrics.jsonl", json.dumps(line) + "\n")
         self.say(f"changed from step {step} on: the run was begun with {'; '.join(changes)}")
 
-    def val(self, step: int, samples: int, losses: Mapping[str, Tensor | float]) -> None:
-        """Write the loss of each validation set by its name [nats per token]."""
-        for name, loss in ((name, float(loss)) for name, loss in losses.items()):
-            self.write(step, samples, {f"val/{name}/loss": loss})
-            perplexity = math.exp(loss) if loss < 50 else math.inf
-            self.say(f"step {step}: val/{name} loss {loss:.4f}, perplexity {perplexity:,.2f}")
+    def val(
+        self,
+        step: int,
+        samples: int,
+        losses: Mapping[str, Tensor | float],
+        of_ema: Mapping[str, Tensor | float] | None = None,
+    ) -> None:
+        """Write the loss of each validation set by its name [nats per token]; `of_ema`: those of the mean weights."""
+        for name, loss in losses.items():
+            values, words = {f"val/{name}/loss": float(loss)}, in_words(float(loss))
+            if of_ema:
+                values[f"val_ema/{name}/loss"] = float(of_ema[name])
+                words += f"; EMA {in_words(float(of_ema[name]))}"
+            self.write(step, samples, values)
+            self.say(f"step {step}: val/{name} {words}")
 
     def sample(self, step: int, prompt: str, text: str | None) -> None:
         if self.folder is None or text is None:
@@ -227,6 +245,10 @@ class Log:
             self.board.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def in_words(loss: float) -> str:
+    return f"loss {loss:.4f}, perplexity {math.exp(loss) if loss < 50 else math.inf:,.2f}"
 
 
 def start_wandb(folder: Path, config: LogConfig, recipe: dict[str, Any]) -> Any:
@@ -291,7 +313,7 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
             values = json.loads(line)
         except json.JSONDecodeError:  # a killed run broke off within it; the step was run again
             continue
-        kind = frozenset(key for key in values if key == "loss" or key.startswith("val/"))
+        kind = frozenset(key for key in values if key == "loss" or key.startswith(VALIDATED))
         latest[values["step"], kind] = values
     return sorted(latest.values(), key=lambda values: values["step"])
 
@@ -313,10 +335,12 @@ def plot(folder: Path, title: str) -> Path:
 
     lines = read_metrics(folder)
     figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-    for key in ["loss", *sorted({key for line in lines for key in line if key.startswith("val/")})]:
+    for key in ["loss", *sorted({key for line in lines for key in line if key.startswith(VALIDATED)})]:
         points = [(line["tokens"], line[key]) for line in lines if line.get(key) is not None]
         if points:
-            name, style = ("training", "-") if key == "loss" else (f"validation ({key.split('/')[1]})", "o-")
+            kind, *rest = key.split("/")
+            name, style = ("training", "-") if kind == "loss" else (f"validation ({rest[0]})", "o-")
+            name, style = (f"{name}, EMA", "o--") if kind == "val_ema" else (name, style)
             label = f"{name}, last {points[-1][1]:.2f}"
             axes.plot(*zip(*points, strict=True), style, linewidth=1.5, markersize=4, label=label)
     axes.set(title=title, xlabel="training tokens", ylabel="loss [nats per token]")

@@ -19,18 +19,23 @@ from modalities import (
     devices,
     dist,
     durable,
+    ema,
     fsdp,
     generate,
     guard,
     heartbeat,
     log,
     memory,
+    mup,
+    noise,
     optim,
     profiling,
     saving,
     search,
     step,
     stopping,
+    teacher,
+    topk,
     trained,
 )
 from modalities.compiling import compile_seconds
@@ -99,7 +104,7 @@ def train(recipe: Recipe, source: Path | None = None, profile: str | None = None
                 return stop.now()
 
             if lacks_evaluation(recipe, place):
-                out.val(state.step, state.samples, run.evaluate(state.params, interrupted))
+                out.val(state.step, state.samples, *evaluate(run, state, interrupted))
             while state.step < recipe.steps and not stop.signal:
                 with watch(state.step + 1):
                     batch = run.data.batch(state.samples)
@@ -108,21 +113,21 @@ def train(recipe: Recipe, source: Path | None = None, profile: str | None = None
                 done, state = state.step, guarded(state, batch)
                 collect(state.step)
                 beat(state.step)
-                agreed, losses = stop.agree(world.is_main and saver.overdue()), {}
+                agreed, losses = stop.agree(world.is_main and saver.overdue()), NONE_YET
                 if state.step < done:  # rolled back, to a step that was evaluated and saved in its time
                     stop.save = agreed.save  # what is overdue is saved after the next step
                     continue
 
                 if due(recipe.eval.every, state.step, recipe.steps) and not stop.signal:
                     with out.aside(state.step):
-                        losses = run.evaluate(state.params, interrupted)
-                        out.val(state.step, state.samples, losses)
+                        losses = evaluate(run, state, interrupted)
+                        out.val(state.step, state.samples, *losses)
                 if due(recipe.sample.every, state.step, recipe.steps) and not stop.signal:
                     with out.aside(state.step):
                         out.sample(state.step, recipe.sample.prompt, run.sample(state.params, state.step))
                 if saver.due(state.step, recipe.steps) or agreed.save or stop.signal:
                     with out.aside(state.step):
-                        saver.save(state, losses, now=bool(stop.signal) or state.step == recipe.steps)
+                        saver.save(state, *losses, now=bool(stop.signal) or state.step == recipe.steps)
             saved = saver.latest
         if world.is_main and not stop.signal:
             print(summary(recipe, saved))
@@ -133,6 +138,21 @@ def train(recipe: Recipe, source: Path | None = None, profile: str | None = None
 def due(every: int, now: int, last: int) -> bool:
     """Whether something that happens every `every` steps (0: never) and at the end happens after step `now`."""
     return now == last or (every > 0 and now % every == 0)
+
+
+Losses = dict[str, Tensor]
+"""By name of the validation set."""
+NONE_YET: tuple[Losses, Losses] = ({}, {})
+
+
+def evaluate(run: Run, state: TrainState, stopped: Callable[[], bool]) -> tuple[Losses, Losses]:
+    """The losses of the weights, and of their running mean if there is one; none of either once `stopped`."""
+    losses = run.evaluate(state.params, stopped)
+    if not state.ema:
+        return losses, {}
+    with ema.as_weights(state.params, state.ema) as weights:
+        of_ema = run.evaluate(weights, stopped)
+    return (losses, of_ema) if of_ema else NONE_YET
 
 
 def restore_newest(folder: Path, world: dist.World, saver: saving.Saver, state: TrainState) -> TrainState | None:
@@ -185,6 +205,7 @@ def start(
     """
     chosen = search.resolve(recipe, world, build)
     with dist.all_or_none():
+        check_noise(chosen, world)
         run, state = build(chosen, world)
     if place.newest:
         state = checkpoint.restore(place.newest, state)
@@ -197,6 +218,7 @@ def start(
         with dist.all_or_none():
             check_start(recipe, found)
         trained.load_weights(found, state.params)
+        ema.restart(state.ema, state.params)
     with dist.all_or_none():
         run.check_data(state.samples)
     hosts = dist.gather_objects(socket.gethostname())
@@ -208,6 +230,13 @@ def start(
     return run, state
 
 
+def check_noise(recipe: Recipe, world: dist.World) -> None:
+    """Raise ValueError if the recipe is to measure the noise of steps that have but one micro-batch."""
+    micro_batch = recipe.parallel.micro_batch
+    assert micro_batch != "auto"
+    noise.check(recipe.noise, max(recipe.data.batch_sizes) // (micro_batch * world.data_size), micro_batch)
+
+
 def build(recipe: Recipe, world: dist.World) -> tuple[Run, TrainState]:
     """The run's functions and its initial state: skeleton → parallelize → initial weights → functions of them."""
     sharded, vocab_size, micro_batch = world.mesh is not None, recipe.model.vocab_size, recipe.parallel.micro_batch
@@ -215,22 +244,24 @@ def build(recipe: Recipe, world: dist.World) -> tuple[Run, TrainState]:
     # Where one rank alone lacks a file, the others must not go on: `parallelize` makes groups of all ranks.
     with dist.all_or_none():
         attention.choose(recipe.model.attention, world.device)
-        data = TrainData(recipe.data, vocab_size, recipe.seed, micro_batch, world)
+        teacher.check_recipe(recipe.distill, recipe.model, recipe.data.tokenizer, recipe.data.seq_len, world.tensor)
+        notes = topk.open_notes(recipe.distill, recipe.data, vocab_size)
+        data = TrainData(recipe.data, vocab_size, recipe.seed, micro_batch, world, notes)
         val = open_val(recipe.data, vocab_size, recipe.eval.samples, micro_batch, world)
         tokenizer = open_tokenizer(recipe)
     parallel, model = fsdp.without_missing_compiler(recipe.parallel, world.device), build_skeleton(recipe.model)
-    optimizer = optim.adamw(recipe.optim, [name for name, _ in model.named_parameters()])
+    names = [name for name, _ in model.named_parameters()]
+    optimizer = optim.make(recipe.optim, names, functools.partial(mup.multiples, recipe.model))
     fsdp.parallelize(model, world.mesh, parallel)
     params = fsdp.init_params(model, recipe.seed, world.device, parallel.cpu_offload)
 
     sources = recipe.data.source_names
     dtype, mode, by_block = parallel.compute_dtype, parallel.compile_mode, parallel.compiles_blocks(sharded)
     whole, recompute = parallel.compiles_whole(sharded), parallel.activation_checkpointing == "selective"
-    loss_fn = step.make_loss_fn(
-        model, dtype, train=True, num_sources=len(sources), loss=recipe.loss, compile_head=by_block
-    )
+    head_loss, teach = teacher.open_teacher(recipe.distill, parallel, world)
+    loss_fn = step.make_loss_fn(model, dtype, True, len(sources), recipe.loss, by_block, head_loss)
     by_autograd = parallel.differentiates_by_autograd(sharded)
-    grad_fn = step.grad_and_value(loss_fn, sharded, whole, mode, by_autograd, recompute)
+    grad_fn = teacher.taught(step.grad_and_value(loss_fn, sharded, whole, mode, by_autograd, recompute), teach)
     sync = functools.partial(fsdp.sync_gradients, model) if parallel.sync_gradients == "last" else None
 
     def lr_at(i: int) -> float:
@@ -238,8 +269,9 @@ def build(recipe: Recipe, world: dist.World) -> tuple[Run, TrainState]:
 
     judge = guard.make_judge(recipe.guard)
     train_step = step.make_train_step(
-        grad_fn, optimizer, recipe.optim.grad_clip, lr_at, recipe.seed, world, sources, sync, judge
-    )
+        grad_fn, optimizer, recipe.optim.grad_clip, lr_at, recipe.seed, world, sources, sync, judge, recipe.ema,
+        recipe.noise,
+    )  # fmt: skip
     probe = guard.make_probe(step.make_gradients(grad_fn, recipe.seed, world, sync), model)
     eval_loss_fn = step.make_loss_fn(model, dtype, train=False, loss=recipe.loss, compile_head=by_block)
     eval_step = step.make_eval_step(eval_loss_fn, sharded, whole, mode, world.data_group)
@@ -258,7 +290,8 @@ def build(recipe: Recipe, world: dist.World) -> tuple[Run, TrainState]:
         seed = fold(recipe.seed, "sample", i)
         return generate.continue_text(decoder, tokenizer, recipe.data.eod, recipe.sample, recipe.data.seq_len, seed)
 
-    return Run(data, train_step, val, evaluate, sample, probe), TrainState(params, optimizer.init(params))
+    state = TrainState(params, optimizer.init(params), ema=ema.init(recipe.ema, params))
+    return Run(data, train_step, val, evaluate, sample, probe), state
 
 
 def open_tokenizer(recipe: Recipe) -> "Tokenizer | None":
@@ -318,7 +351,7 @@ def summary(recipe: Recipe, saved: Path | None) -> str:
     lines = log.read_metrics(folder)
     last = {key: value for line in lines for key, value in line.items()}
     curve = [line["loss"] for line in lines if line.get("loss") is not None]
-    names = [key for key in last if key == "loss" or key.startswith(("loss/", "val/"))]
+    names = [key for key in last if key == "loss" or key.startswith(("loss/", *log.VALIDATED))]
     losses = [f"{key} {'not finite' if last[key] is None else format(last[key], '.4f')}" for key in names]
     rows = {
         "losses": ", ".join(losses),

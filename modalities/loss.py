@@ -90,7 +90,7 @@ def linear_cross_entropy(
         first_word, group = mesh.get_local_rank() * len(weight_VD), mesh.get_group().group_name
     hidden_ND, targets_N = hidden_BTD.flatten(0, -2), targets_BT.flatten()
     # The gradients are rounded to the dtype of the weights after the division: once, as in a backward pass.
-    scale = torch.ones((), device=hidden_BTD.device, dtype=_math_dtype(hidden_BTD)) / num_targets
+    scale = torch.ones((), device=hidden_BTD.device, dtype=math_dtype(hidden_BTD)) / num_targets
     terms = (softcap, config.label_smoothing, config.z_loss)
     plain = choose(config, len(targets_N), min(vocab_size, len(weight_VD)), hidden_BTD.dtype) == "plain"
     if plain and not group:
@@ -103,14 +103,14 @@ def linear_cross_entropy(
     return loss, nll_N.view(targets_BT.shape)
 
 
-def _math_dtype(x: Tensor) -> torch.dtype:
+def math_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def _plain(
     hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, scale: Tensor, softcap: float, smoothing: float, z: float
 ) -> tuple[Tensor, Tensor]:
-    logits_NV = F.linear(hidden_ND, weight_VD).to(_math_dtype(hidden_ND))
+    logits_NV = F.linear(hidden_ND, weight_VD).to(math_dtype(hidden_ND))
     if softcap:
         logits_NV = softcap * torch.tanh(logits_NV / softcap)
     nll_N = F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORED, reduction="none")
@@ -132,14 +132,14 @@ def _plain(
 # rounded once: no chunk's share of the weight's gradient is ever rounded and added, and no fp32 copy of it is kept.
 
 
-def _token_chunk_(
+def token_chunk_(
     logits_NV: Tensor, targets_N: Tensor, scale_N: Tensor, softcap: float, smoothing: float, z: float, with_grads: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, -log p(target), m, Σ exp(logit - m)) of some tokens, [N], m the largest logit.
 
     Puts the loss's gradient in place of the logits.
     """
-    logits = _capped(logits_NV, softcap)
+    logits = softcapped(logits_NV, softcap)
     max_N = logits.amax(1)
     sum_N = torch.exp(logits - max_N[:, None]).sum(1)
     target_logit_N = logits.gather(1, targets_N.clamp(min=0)[:, None])[:, 0]
@@ -187,7 +187,7 @@ def _logits_to_grads_(
 
     `words` are the words, and the rest is of the tokens, both in a shape that broadcasts with the logits.
     """
-    capped, share = _capped(logits, softcap), 1 / sum_
+    capped, share = softcapped(logits, softcap), 1 / sum_
     if z:
         share = share * (1 + 2 * z * (max_ + sum_.log()))
     grads = torch.exp(capped - max_) * share
@@ -201,12 +201,12 @@ def _logits_to_grads_(
 
 
 def _largest(logits_NV: Tensor, softcap: float) -> Tensor:
-    return _capped(logits_NV, softcap).amax(1)
+    return softcapped(logits_NV, softcap).amax(1)
 
 
 def _sums(logits_NV: Tensor, targets_N: Tensor, max_N: Tensor, softcap: float, first_word: int) -> Tensor:
     """What adds up over the ranks that share the words [3, N]: Σ exp(logit - m), the target's logit, Σ logit."""
-    logits, word_N = _capped(logits_NV, softcap), targets_N - first_word
+    logits, word_N = softcapped(logits_NV, softcap), targets_N - first_word
     is_here_N = (word_N >= 0) & (word_N < logits.shape[1])
     target_logit_N = logits.gather(1, torch.where(is_here_N, word_N, 0)[:, None])[:, 0]
     sum_N = torch.exp(logits - max_N[:, None]).sum(1)
@@ -226,23 +226,23 @@ def _shared_token_chunk_(
     group: str,
     compile: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`_token_chunk_` where this rank has the logits of the words from `first_word` on, and `group` has all."""
+    """`token_chunk_` where this rank has the logits of the words from `first_word` on, and `group` has all."""
     ranks = _resolve_process_group(group)  # type: ignore[arg-type]
-    max_N = _maybe_compiled(_largest, compile)(logits_NV, softcap)
+    max_N = maybe_compiled(_largest, compile)(logits_NV, softcap)
     torch.distributed.all_reduce(max_N, torch.distributed.ReduceOp.MAX, group=ranks)
-    sums_3N = _maybe_compiled(_sums, compile)(logits_NV, targets_N, max_N, softcap, first_word)
+    sums_3N = maybe_compiled(_sums, compile)(logits_NV, targets_N, max_N, softcap, first_word)
     torch.distributed.all_reduce(sums_3N, group=ranks)
     sum_N, target_logit_N, all_N = sums_3N
     loss_N, nll_N = _loss_terms(targets_N, max_N, sum_N, target_logit_N, all_N / vocab_size, smoothing, z)
     if with_grads:
         words_V = torch.arange(logits_NV.shape[1], device=logits_NV.device, dtype=torch.int32) + first_word
         of_tokens = (x[:, None] for x in (targets_N.to(torch.int32), max_N, sum_N, scale_N))
-        _maybe_compiled(_logits_to_grads_, compile)(logits_NV, words_V, *of_tokens, vocab_size, softcap, smoothing, z)
+        maybe_compiled(_logits_to_grads_, compile)(logits_NV, words_V, *of_tokens, vocab_size, softcap, smoothing, z)
     return loss_N, nll_N, max_N, sum_N
 
 
-def _capped(logits_NV: Tensor, softcap: float) -> Tensor:
-    logits = logits_NV.to(_math_dtype(logits_NV))
+def softcapped(logits_NV: Tensor, softcap: float) -> Tensor:
+    logits = logits_NV.to(math_dtype(logits_NV))
     return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
@@ -251,11 +251,11 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, fullgraph=True)
 
 
-def _maybe_compiled(function: Callable[..., Any], compile: bool) -> Callable[..., Any]:
+def maybe_compiled(function: Callable[..., Any], compile: bool) -> Callable[..., Any]:
     return _compiled(function) if compile else function
 
 
-def _blocks(logits: Tensor, compile: bool) -> list[slice]:
+def row_blocks(logits: Tensor, compile: bool) -> list[slice]:
     """Rows to be worked on at a time. Uncompiled code has intermediate results, which shall stay in the cache."""
     num_rows, num_columns = logits.shape
     rows = max(1, EAGER_BLOCK // num_columns) if logits.device.type == "cpu" and not compile else num_rows
@@ -293,12 +293,12 @@ def _in_chunks(
     """
     num_tokens = len(hidden_ND)
     chunk_tokens = min(chunk_tokens, num_tokens)
-    token_chunk_ = _maybe_compiled(_token_chunk_, compile)
+    chunk_ = maybe_compiled(token_chunk_, compile)
     if group:
-        token_chunk_ = partial(
+        chunk_ = partial(
             _shared_token_chunk_, vocab_size=vocab_size, first_word=first_word, group=group, compile=compile
         )
-    logits_to_grads_ = _maybe_compiled(_logits_to_grads_, compile)
+    logits_to_grads_ = maybe_compiled(_logits_to_grads_, compile)
 
     scale_N = torch.where(targets_N != IGNORED, scale, 0)
     loss_N, nll_N, max_N, sum_N = (torch.empty_like(scale_N) for _ in range(4))
@@ -314,8 +314,8 @@ def _in_chunks(
         logits_NV = logits[: len(hidden) * num_words].view(len(hidden), num_words)
         torch.mm(hidden, weight_VD.T, out=logits_NV)
         # In one piece where ranks exchange sums, for they may have different numbers of words.
-        for rows in _blocks(logits_NV, compile or bool(group)):
-            loss_N[chunk][rows], nll_N[chunk][rows], max_N[chunk][rows], sum_N[chunk][rows] = token_chunk_(
+        for rows in row_blocks(logits_NV, compile or bool(group)):
+            loss_N[chunk][rows], nll_N[chunk][rows], max_N[chunk][rows], sum_N[chunk][rows] = chunk_(
                 logits_NV[rows], targets[rows], scales[rows], softcap, smoothing, z, with_grads
             )
         if with_grads:
@@ -330,7 +330,7 @@ def _in_chunks(
         logits_VN = logits[: num_tokens * len(weight)].view(len(weight), num_tokens)
         torch.mm(weight, hidden_ND.T, out=logits_VN)
         words_V1 = torch.arange(chunk.start, chunk.stop, device=logits.device, dtype=torch.int32)[:, None] + first_word
-        for rows in _blocks(logits_VN, compile):
+        for rows in row_blocks(logits_VN, compile):
             logits_to_grads_(logits_VN[rows], words_V1[rows], *of_tokens, vocab_size, softcap, smoothing, z)
         torch.mm(logits_VN, hidden_ND, out=weight_grad_VD[chunk])
     return loss_N.sum() * scale, nll_N, hidden_grad_ND, weight_grad_VD

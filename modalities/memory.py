@@ -10,6 +10,7 @@ import contextlib
 import functools
 import itertools
 import operator
+import re
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ from modalities import fsdp, step
 from modalities.fsdp import ParallelConfig
 from modalities.loss import Batch, LossConfig
 from modalities.model import ModelConfig, Transformer, build_skeleton, num_params
-from modalities.optim import Params
+from modalities.optim import OptimConfig, Params
 
 Parts = dict[str, float]
 """Bytes of parameters, gradients, optimizer, activations and logits."""
@@ -52,8 +53,9 @@ def per_rank(
     shards: int = 1,
     sharded: bool = False,
     device_type: str = "cpu",
+    moments: float = 2.0,
 ) -> Parts:
-    """The parts of a rank's memory [bytes] when they are largest together, in training with AdamW.
+    """The parts of a rank's memory [bytes] when they are largest together, in training with `moments` a parameter.
 
     `accumulated`: micro-batches of a step. `shards`: ranks that share the weights by sharding and `parallel.tensor`.
     `sharded`: whether FSDP2 is at work, be it on one shard. Gradients are none where memory is fullest at the end of
@@ -76,10 +78,18 @@ def per_rank(
     return {
         "parameters": kept + fullest["weights"],
         "gradients": fullest["gradients"],
-        "optimizer": 2 * kept,
+        "optimizer": moments * kept,
         "activations": fullest["activations"],
         "logits": fullest["logits"],
     }
+
+
+def moments_per_parameter(model: ModelConfig, config: OptimConfig) -> float:
+    """Two with AdamW; Muon's matrices have one."""
+    if config.kind == "adamw":
+        return 2.0
+    params = build_skeleton(model).named_parameters()
+    return 2.0 - sum(p.numel() for name, p in params if re.fullmatch(config.muon.matrices, name)) / num_params(model)
 
 
 def with_sharded_weights(

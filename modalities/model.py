@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modalities import mup
 from modalities.attention import Backend, Mask, attention, make_mask
+from modalities.rope import Rope, RopeScaling, rope_cos_sin, rotate
 
 VOCAB_MULTIPLE = 128
 SIZES = (
@@ -29,46 +31,8 @@ TENSOR_PLAN = (
     (r".*\.(wq|wk|wv|w_gate|w_up)|head", "columns"),
     (r".*\.(wo|w_down)", "rows"),
 )
-Rope = tuple[Tensor, Tensor] | None
 Head = Callable[[Tensor, Tensor], Any]
 """What becomes of the last hidden states [B, T, D] and the head's weight [V, D], padding rows included."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-    """How RoPE's wavelengths are stretched, so that a model reads longer texts than it was trained on."""
-
-    kind: Literal["none", "linear", "llama3", "yarn"] = "none"
-    """linear: all alike (Chen et al., arXiv 2306.15595); llama3: the long ones; yarn: Peng et al., arXiv 2309.00071."""
-    factor: float = 1.0
-    """How many times longer texts become."""
-    original_seq_len: int = 8192
-    """llama3, yarn: the longest text of the training before [tokens]."""
-    low_freq_factor: float = 1.0
-    """llama3: wavelengths over original_seq_len / this are stretched in full."""
-    high_freq_factor: float = 4.0
-    """llama3: wavelengths under original_seq_len / this are left as they are."""
-    beta_fast: float = 32.0
-    """yarn: what turns more often than this within original_seq_len is left as it is [turns]."""
-    beta_slow: float = 1.0
-    """yarn: what turns less often than this is stretched in full [turns]."""
-    attention_factor: float = 0.0
-    """yarn: queries and keys are multiplied by this; 0: 0.1 ln(factor) + 1."""
-
-    def __post_init__(self) -> None:
-        for name in ("factor", "original_seq_len", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"model.rope_scaling.{name} is {getattr(self, name)}, but must be positive")
-        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
-            if not getattr(self, low) < getattr(self, high):
-                raise ValueError(
-                    f"model.rope_scaling.{low} is {getattr(self, low)}, but must be less than {high} "
-                    f"{getattr(self, high)}"
-                )
-        if self.attention_factor < 0:
-            raise ValueError(
-                f"model.rope_scaling.attention_factor is {self.attention_factor}, but must not be negative"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +86,12 @@ class ModelConfig:
     """Probability of dropping features of what a block adds to the residual stream."""
     init_std: float = 0.02
     """Standard deviation of initial weights; the projections into the residual stream have it over sqrt(2 × layers)."""
+    mup_base_width: int = 0
+    """µP: the width that hyperparameters were found at, from which scales follow the width; 0: they do not."""
+    mup_base_layers: int = 0
+    """µP with depth (CompleteP): the number of layers there; 0: scales do not follow the depth."""
+    mup_base_head_dim: int = 0
+    """µP where the head's width differs as well: the features of a head there; 0: as many as here."""
     attention: Backend = "auto"
     """What computes attention; all give the same. `attention.py` says what each needs."""
 
@@ -151,6 +121,11 @@ class ModelConfig:
         for name in ("embed_dropout", "attn_dropout", "resid_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"model.{name} is {getattr(self, name)}, but must be in [0, 1)")
+        for name in ("mup_base_width", "mup_base_layers", "mup_base_head_dim"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"model.{name} is {getattr(self, name)}, but must not be negative")
+            if getattr(self, name) and not self.mup_base_width:
+                raise ValueError(f"model.{name} is a part of µP, but model.mup_base_width is 0: set it too")
         if self.attn_dropout and self.attention in ("flex", "flash"):
             raise ValueError(f"model.attn_dropout needs model.attention manual or sdpa, not {self.attention}")
 
@@ -204,53 +179,6 @@ class Cache:
         return None if self.one_document else self.documents_BS[:, :end]
 
 
-def rope_frequencies(config: ModelConfig, device: torch.device) -> tuple[Tensor, float]:
-    """RoPE's angle per position [E/2], fp32, and what its cos and sin are multiplied by.
-
-    Sources: Su et al., "RoFormer", arXiv 2104.09864; `RopeScaling` names those of the scalings.
-    """
-    scaling, head_dim, theta = config.rope_scaling, config.head_width, config.rope_theta
-    frequency = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
-    if scaling.kind == "none":
-        return frequency, 1.0
-    stretched = frequency / scaling.factor
-    if scaling.kind == "linear":
-        return stretched, 1.0
-    if scaling.kind == "llama3":
-        turns = frequency * (scaling.original_seq_len / (2 * math.pi))
-        low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        kept, factor = ((turns - low) / (high - low)).clamp(0, 1), 1.0
-    else:
-
-        def dim_of(turns: float) -> float:
-            """The pair of features that turns so often within the original length."""
-            return head_dim * math.log(scaling.original_seq_len / (turns * 2 * math.pi)) / (2 * math.log(theta))
-
-        low, high = (
-            max(math.floor(dim_of(scaling.beta_fast)), 0),
-            min(math.ceil(dim_of(scaling.beta_slow)), head_dim - 1),
-        )
-        pair = torch.arange(head_dim // 2, dtype=torch.float32, device=device)
-        kept = 1 - ((pair - low) / max(high - low, 1e-3)).clamp(0, 1)
-        factor = scaling.attention_factor or 0.1 * math.log(max(scaling.factor, 1.0)) + 1
-    return kept * frequency + (1 - kept) * stretched, factor
-
-
-def rope_cos_sin(positions_BT: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, T, 1, E/2] of RoPE's angles, in fp32: bf16 would be off by up to π at T = 4,096."""
-    frequency, factor = rope_frequencies(config, positions_BT.device)
-    angle = positions_BT[..., None].float() * frequency
-    return (angle.cos() * factor)[:, :, None], (angle.sin() * factor)[:, :, None]
-
-
-def rotate(x_BTHE: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """RoPE: the halves of a head turn against each other, as in Llama; in fp32, returned in the dtype of `x`."""
-    cos, sin = rope
-    # Halved before and joined after in its own dtype, which moves half of the bytes.
-    a, b = (half.float() for half in x_BTHE.chunk(2, dim=-1))
-    return torch.cat([half.to(x_BTHE.dtype) for half in (a * cos - b * sin, b * cos + a * sin)], dim=-1)
-
-
 def drop(x: Tensor, probability: float, train: bool) -> Tensor:
     return F.dropout(x, probability) if train and probability > 0 else x
 
@@ -284,6 +212,7 @@ class Attention(nn.Module):
             q_BTHE, k_BSKE = self.q_norm(q_BTHE), self.k_norm(k_BSKE)
         if rope is not None:
             q_BTHE, k_BSKE = rotate(q_BTHE, rope), rotate(k_BSKE, rope)
+        q_BTHE = mup.scaled(q_BTHE, mup.query_multiple(self.config))
         if cache is not None:
             k_BSKE, v_BSKE = cache.append(self.layer, k_BSKE, v_BSKE)
         out_BTHE = attention(q_BTHE, k_BSKE, v_BSKE, mask, self.config.attn_dropout if train else 0.0)
@@ -311,15 +240,16 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.dropout = config.resid_dropout
+        self.dropout, self.multiple = config.resid_dropout, mup.residual_multiple(config)
         self.attn_norm = make_norm(config, config.width)
         self.attn = Attention(config, layer)
         self.mlp_norm = make_norm(config, config.width)
         self.mlp = MLP(config)
 
     def forward(self, x_BTD: Tensor, rope: Rope, mask: Mask, cache: Cache | None, train: bool) -> Tensor:
-        x_BTD = x_BTD + drop(self.attn(self.attn_norm(x_BTD), rope, mask, cache, train), self.dropout, train)
-        return x_BTD + drop(self.mlp(self.mlp_norm(x_BTD)), self.dropout, train)
+        out_BTD = mup.scaled(self.attn(self.attn_norm(x_BTD), rope, mask, cache, train), self.multiple)
+        x_BTD = x_BTD + drop(out_BTD, self.dropout, train)
+        return x_BTD + drop(mup.scaled(self.mlp(self.mlp_norm(x_BTD)), self.multiple), self.dropout, train)
 
 
 class Transformer(nn.Module):
@@ -375,7 +305,8 @@ class Transformer(nn.Module):
         if cache is not None:
             cache.length += seq_len
         weight_VD = self.embed.weight if config.tied else self.head.weight
-        return (head or self.logits)(self.final_norm(x_BTD), weight_VD)
+        hidden_BTD = mup.scaled(self.final_norm(x_BTD), mup.output_multiple(config))
+        return (head or self.logits)(hidden_BTD, weight_VD)
 
     def logits(self, hidden_BTD: Tensor, weight_VD: Tensor) -> Tensor:
         """Logits [B, T, vocab_size]. The padding's are left out, for no other tool would count them."""
@@ -398,15 +329,15 @@ def initial_weight(config: ModelConfig, name: str, shape: torch.Size, generator:
     """The fp32 initial value of one parameter, whole, on the generator's device.
 
     Norm weights are 1, biases 0, the rest normal; projections into the residual stream are scaled down by
-    sqrt(2 × layers), so that its variance does not grow with depth (Radford et al., GPT-2, 2019).
+    sqrt(2 × layers), so that its variance does not grow with depth (Radford et al., GPT-2, 2019). µP as `mup.py` says.
     """
     if name.endswith("bias"):
         return torch.zeros(shape, device=generator.device)
     if "norm" in name:
         return torch.ones(shape, device=generator.device)
-    std = config.init_std
+    std = config.init_std * mup.init_multiple(config, name)
     if name.endswith(("wo.weight", "w_down.weight")):
-        std /= math.sqrt(2 * config.num_layers)
+        std /= math.sqrt(2 * mup.init_layers(config))
     return torch.empty(shape, device=generator.device).normal_(std=std, generator=generator)
 
 

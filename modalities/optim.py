@@ -1,4 +1,4 @@
-"""AdamW as `init` and `update`, gradient clipping, weight-decay groups, and learning rates as functions of the step.
+"""AdamW and Muon as `init` and `update`, clipping, weight-decay groups, and learning rates as functions of the step.
 
 It knows tensors by name and nothing of models. `update` consumes its inputs: it changes the tensors that it is given.
 """
@@ -17,8 +17,14 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw as adamw_kernel
 
+from modalities import muon
+from modalities.muon import MuonConfig
+from modalities.mup import Multiples, Rule
+
 Params = dict[str, Tensor]
 OptState = dict[str, dict[str, Tensor]]
+MultiplesOf = Callable[[str, Rule], Multiples]
+"""Of a parameter's name and what updates it: by how much its hyperparameters differ from the config's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +56,12 @@ class ScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) with clipping by global norm."""
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101), or Muon and AdamW, with clipping by global norm."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """muon: Muon for the matrices inside the model, AdamW for the rest."""
     lr: float = 3e-4
-    """Peak learning rate."""
+    """Peak learning rate of AdamW."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of the running means of the gradient and of its square."""
     eps: float = 1e-8
@@ -68,11 +76,14 @@ class OptimConfig:
     grad_clip: float = 1.0
     """Largest global norm of the gradient; 0: no clipping."""
     schedule: ScheduleConfig = ScheduleConfig()
+    muon: MuonConfig = MuonConfig()
 
     def __post_init__(self) -> None:
         for name in ("lr", "weight_decay", "grad_clip"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"optim.{name} is {getattr(self, name)}, but must be finite and not negative")
+        if self.kind == "muon" and self.lr == 0:
+            raise ValueError("optim.lr is 0, but with optim.kind muon must be positive: both rates follow its schedule")
         if not self.eps > 0:
             raise ValueError(f"optim.eps is {self.eps}, but must be positive")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -102,24 +113,61 @@ class Optimizer(NamedTuple):
     update: Update
 
 
-def adamw(config: OptimConfig, names: Iterable[str]) -> Optimizer:
-    """AdamW by PyTorch's fused kernel for the parameters `names`; a ValueError where no decay rule fits one."""
-    groups: dict[float, list[str]] = defaultdict(list)
-    for name, multiple in decay_multiples(config.decay_rules, names).items():
-        groups[multiple].append(name)
+def unchanged(name: str, rule: Rule) -> Multiples:
+    """Hyperparameters as the config has them."""
+    return Multiples()
+
+
+def make(config: OptimConfig, names: Iterable[str], multiples: MultiplesOf = unchanged) -> Optimizer:
+    """The optimizer that `config` describes, for the parameters `names`.
+
+    A ValueError where no decay rule fits one, or Muon has none.
+    """
+    names = list(names)
+    if config.kind == "adamw":
+        return adamw(config, names, multiples)
+    matrices = [name for name in names if re.fullmatch(config.muon.matrices, name)]
+    if not matrices:
+        raise ValueError(f"optim.muon.matrices: no parameter's name matches {config.muon.matrices!r}")
+    ours = {name: multiples(name, config.muon.adjust) for name in matrices}
+    decays = decay_multiples(config.decay_rules, names)
+    rest = adamw(config, [name for name in names if name not in ours], multiples)
 
     def init(params: Params) -> OptState:
+        return rest.init(params) | {"momentum": muon.init({name: params[name] for name in matrices})}
+
+    def update(
+        grads: Params, opt_state: OptState, params: Params, lr: float, skip: Tensor | None = None
+    ) -> tuple[Params, OptState]:
+        rest.update(grads, opt_state, params, lr, skip)
+        rate = lr / config.lr * config.muon.lr
+        decay = {name: config.muon.weight_decay * decays[name] * ours[name].weight_decay for name in matrices}
+        rates = {name: muon.Rates(rate * m.lr, rate * m.lr * decay[name]) for name, m in ours.items()}
+        muon.update(grads, opt_state["momentum"], params, config.muon, rates, skip)
+        return params, opt_state
+
+    return Optimizer(init, update)
+
+
+def adamw(config: OptimConfig, names: Iterable[str], multiples: MultiplesOf = unchanged) -> Optimizer:
+    """AdamW by PyTorch's fused kernel for the parameters `names`; a ValueError where no decay rule fits one."""
+    groups: dict[tuple[float, Multiples], list[str]] = defaultdict(list)
+    for name, decay in decay_multiples(config.decay_rules, names).items():
+        groups[decay, multiples(name, "adamw")].append(name)
+
+    def init(params: Params) -> OptState:
+        own = {name: params[name] for members in groups.values() for name in members}
         return {
-            "step": {name: torch.zeros((), device=p.device) for name, p in params.items()},
-            "exp_avg": {name: torch.zeros_like(p, requires_grad=False) for name, p in params.items()},
-            "exp_avg_sq": {name: torch.zeros_like(p, requires_grad=False) for name, p in params.items()},
+            "step": {name: torch.zeros((), device=p.device) for name, p in own.items()},
+            "exp_avg": {name: torch.zeros_like(p, requires_grad=False) for name, p in own.items()},
+            "exp_avg_sq": {name: torch.zeros_like(p, requires_grad=False) for name, p in own.items()},
         }
 
     @torch.no_grad()
     def update(
         grads: Params, opt_state: OptState, params: Params, lr: float, skip: Tensor | None = None
     ) -> tuple[Params, OptState]:
-        for multiple, members in groups.items():
+        for (decay, multiple), members in groups.items():
             # An element's update reads only that element, so a rank updates its own shard as a plain tensor.
             columns = (params, grads, opt_state["exp_avg"], opt_state["exp_avg_sq"])
             p, g, mean, square = ([local(column[name]) for name in members] for column in columns)
@@ -136,9 +184,9 @@ def adamw(config: OptimConfig, names: Iterable[str]) -> Optimizer:
                 amsgrad=False,
                 beta1=config.betas[0],
                 beta2=config.betas[1],
-                lr=lr,
-                weight_decay=config.weight_decay * multiple,
-                eps=config.eps,
+                lr=lr * multiple.lr,
+                weight_decay=config.weight_decay * decay * multiple.weight_decay,
+                eps=config.eps * multiple.eps,
                 maximize=False,
                 found_inf=found_inf,
             )

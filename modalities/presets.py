@@ -4,7 +4,8 @@ They say what is computed, and leave dropout off, as pretraining does today. A p
 `dataclasses.replace(llama3_1b(), max_seq_len=8192, rope_scaling=RopeScaling())`.
 """
 
-from modalities.model import ModelConfig, RopeScaling
+from modalities.model import ModelConfig
+from modalities.rope import RopeScaling
 
 GPT2_VOCAB, LLAMA2_VOCAB, LLAMA3_VOCAB, QWEN_VOCAB = 50_257, 32_000, 128_256, 151_936
 

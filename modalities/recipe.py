@@ -12,19 +12,22 @@ from typing import Any
 
 import torch
 
-from modalities import cli, memory, trained
+from modalities import cli, memory, teacher, trained
 from modalities.checkpoint import CheckpointConfig
 from modalities.config import from_dict, to_dict
 from modalities.data import DataConfig, TrainData
 from modalities.dist import World, degrees
+from modalities.ema import EmaConfig
 from modalities.fingerprints import ResumeConfig
 from modalities.fsdp import ParallelConfig, check_split, without_missing_compiler
 from modalities.generate import SampleConfig
 from modalities.guard import GuardConfig
 from modalities.heartbeat import WatchdogConfig
+from modalities.kl import DistillConfig
 from modalities.log import LogConfig
 from modalities.loss import LossConfig
 from modalities.model import ModelConfig, flops_per_token, num_params
+from modalities.noise import NoiseConfig
 from modalities.optim import OptimConfig
 from modalities.ranks import RanksError, is_main, world_size
 from modalities.step import EvalConfig
@@ -33,7 +36,7 @@ from modalities.step import EvalConfig
 OF_TRAINING = ("attention", "embed_dropout", "attn_dropout", "resid_dropout", "init_std")
 OF_WEIGHTS = (
     "vocab_size", "num_layers", "width", "num_heads", "num_kv_heads", "head_dim", "mlp_width", "norm", "positions",
-    "activation", "qk_norm", "bias", "qkv_bias", "tied",
+    "activation", "qk_norm", "bias", "qkv_bias", "tied", "mup_base_width", "mup_base_layers", "mup_base_head_dim",
 )  # fmt: skip
 IN_FULL = {"num_kv_heads": "kv_heads", "head_dim": "head_width", "mlp_width": "mlp_hidden"}
 """Where a field may be None, the property that has its value."""
@@ -56,6 +59,9 @@ class Recipe:
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
     parallel: ParallelConfig = ParallelConfig()
+    distill: DistillConfig = DistillConfig()
+    ema: EmaConfig = EmaConfig()
+    noise: NoiseConfig = NoiseConfig()
     eval: EvalConfig = EvalConfig()
     sample: SampleConfig = SampleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -78,6 +84,9 @@ class Recipe:
             raise ValueError(
                 "model.attention 'flash' computes in bfloat16 alone, but parallel.param_dtype is float32; change one"
             )
+        names = self.data.source_names
+        if self.distill.on and len(names) > 1 and {"data", "kl"} & {*names}:
+            raise ValueError("data.names has data or kl, which loss/data and loss/kl of distillation are; rename it")
         if "/" in self.name or self.name in (".", ".."):
             raise ValueError(f"name is {self.name!r}, but must be a folder's name; log.dir says where it lies")
         if self.data.seq_len > self.model.max_seq_len:
@@ -211,6 +220,7 @@ def memory_per_rank(recipe: Recipe, ranks: int, device_type: str = "cpu") -> mem
     parallel, data = without_missing_compiler(recipe.parallel, torch.device(device_type)), recipe.data
     replicate, shard, tensor = degrees(ranks, parallel.replicate, parallel.shard, parallel.tensor)
     micro = 1 if parallel.micro_batch == "auto" else parallel.micro_batch
+    moments = memory.moments_per_parameter(recipe.model, recipe.optim)
     parts = memory.per_rank(
         recipe.model,
         parallel,
@@ -221,9 +231,16 @@ def memory_per_rank(recipe: Recipe, ranks: int, device_type: str = "cpu") -> mem
         shards=shard * tensor,
         sharded=ranks > 1,
         device_type=device_type,
+        moments=moments,
     )
+    weights = parts["optimizer"] / moments  # the rank's own in fp32, where they are not in the host's memory
+    if recipe.ema.decay:
+        parts["EMA"] = weights
+    if recipe.distill.teacher:
+        chunk = recipe.loss.chunk_tokens
+        parts["teacher"] = teacher.memory_per_rank(recipe.distill, parallel, chunk, micro * data.seq_len, shard)
     if device_type == "cpu" and recipe.checkpoint.background:  # a GPU's copy lies in the host's memory
-        parts["copy being saved"] = 1.5 * parts["optimizer"]  # of two moments and the weights
+        parts["copy being saved"] = weights + parts["optimizer"] + parts.get("EMA", 0.0)
     return parts
 
 
@@ -233,6 +250,9 @@ def dry_run(recipe: Recipe) -> None:
     check_ranks(recipe, ranks)
     if recipe.model_from:
         check_start(recipe, trained.find(Path(recipe.model_from)))
+    teacher.check_recipe(
+        recipe.distill, recipe.model, recipe.data.tokenizer, recipe.data.seq_len, recipe.parallel.tensor
+    )
     description = describe(recipe, ranks)
     if is_main():
         print(description)

@@ -101,24 +101,29 @@ class Saver:
             return True
         return self.writing.result() is not None and self.failures + 1 >= self.config.max_failures
 
-    def save(self, state: TrainState, val: Mapping[str, Tensor | float] | None = None, now: bool = False) -> None:
+    def save(
+        self,
+        state: TrainState,
+        val: Mapping[str, Tensor | float] | None = None,
+        val_ema: Mapping[str, Tensor | float] | None = None,
+        now: bool = False,
+    ) -> None:
         """Save `state`, once the save before is done; a step that has a checkpoint is left alone.
 
-        `val`: losses by name of the validation set, if they were measured at this step. `now`: return when it is
-        durable, or raise ValueError. A save that fails otherwise is a warning, until `max_failures` did in a row.
+        `val`: losses by name of the validation set, if they were measured at this step, and `val_ema` those of the
+        running mean of the weights, which `keep_best` does not go by. `now`: return when it is durable, or raise
+        ValueError. A save that fails otherwise is a warning, until `max_failures` did in a row.
         """
         self.wait()
         self.began, self.said = time.monotonic(), False
         if self.latest == checkpoint.path_of(self.run, state.step):
             return
-        losses = {name: float(loss) for name, loss in (val or {}).items()}
-        # JSON has no NaN and no infinity.
-        finite = {name: loss if math.isfinite(loss) else None for name, loss in losses.items()}
+        losses = {"val": finite(val), "val_ema": finite(val_ema)}
         if self.config.background and not now:
             state = self.staged.take(state)
-            self.writing = self.thread.submit(self.write, state, finite, self.staged.parts)
+            self.writing = self.thread.submit(self.write, state, losses, self.staged.parts)
         else:
-            self.writing = self.thread.submit(self.write, state, finite, None, now)
+            self.writing = self.thread.submit(self.write, state, losses, None, now)
             self.wait(now)
 
     def wait(self, must: bool = False) -> None:
@@ -133,10 +138,14 @@ class Saver:
             raise ValueError(f"{times}{problem} Earlier checkpoints are whole, and the same command goes on from them")
 
     def write(
-        self, state: TrainState, val: dict[str, float | None], parts: Mapping[str, Tensor] | None, now: bool = False
+        self,
+        state: TrainState,
+        losses: Mapping[str, dict[str, float | None]],
+        parts: Mapping[str, Tensor] | None,
+        now: bool = False,
     ) -> str | None:
         """Save, in the thread: what went wrong with it, the same on all ranks, or None; it is durable then."""
-        facts = {"val": val, **self.facts} if val else self.facts
+        facts = {kind: values for kind, values in losses.items() if values} | self.facts
         try:
             self.staged.ready()
             path = checkpoint.save(self.run, state, self.recipe, self.world.is_main, facts, parts, self.group)
@@ -171,8 +180,9 @@ class Staged:
 
         Its tensors are still the live ones, for their shapes; their values are in `parts`, after `ready`.
         """
-        guard = {f"guard.{name}": value for name, value in state.guard.items()}
-        tensors = checkpoint.parts_of(state) | guard
+        kinds = {"guard": state.guard, "noise": state.noise}
+        small = {f"{kind}.{name}": value for kind, values in kinds.items() for name, value in values.items()}
+        tensors = checkpoint.parts_of(state) | small
         for name, tensor in tensors.items():
             if name not in self.parts:
                 self.parts[name] = torch.empty(
@@ -183,7 +193,8 @@ class Staged:
             # The next step's kernels come after the copies on the device, so nobody has to wait for them here.
             self.copied = torch.cuda.Event()
             self.copied.record()
-        return replace(state, guard={name: self.parts[f"guard.{name}"] for name in state.guard})
+        guard, noise = ({name: self.parts[f"{kind}.{name}"] for name in values} for kind, values in kinds.items())
+        return replace(state, guard=guard, noise=noise)
 
     def ready(self) -> None:
         """Wait for the copies that the device makes."""
@@ -237,6 +248,11 @@ def is_whole(path: Path) -> bool:
         print(f"warning: {error}; it does not count as kept", file=sys.stderr, flush=True)
         return False
     return True
+
+
+def finite(losses: Mapping[str, Tensor | float] | None) -> dict[str, float | None]:
+    """Losses as JSON has them, which knows no NaN and no infinity."""
+    return {name: float(loss) if math.isfinite(loss) else None for name, loss in (losses or {}).items()}
 
 
 def mean_loss(manifest: Mapping[str, Any]) -> float | None:

@@ -97,6 +97,8 @@ def cache_key(recipe: Recipe, world: dist.World) -> str:
     facts = {
         "model": to_dict(recipe.model),
         "loss": to_dict(recipe.loss),
+        "distill": to_dict(recipe.distill),
+        "beside": [recipe.optim.kind, bool(recipe.ema.decay)],
         "parallel": to_dict(without_missing_compiler(recipe.parallel, world.device)),
         "data": [data.seq_len, data.batch_sizes, data.document_mask, len(data.train)],
         "machine": [device, world.size, torch.__version__],

@@ -199,6 +199,10 @@ class Reader(dcp.FileSystemReader):
     def read_metadata(self) -> Metadata:
         return self.metadata
 
+    def has(self, kind: str) -> bool:
+        """Whether tensors of that kind, under that name, were saved."""
+        return any(name.startswith(f"{kind}.") for name in self.metadata.state_dict_metadata)
+
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         by_file: dict[str, list[ReadItem]] = defaultdict(list)
         for item in plan.items:

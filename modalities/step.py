@@ -8,6 +8,7 @@ computed anew, which torch.func cannot do; and a backward pass over FSDP2's shar
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +18,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
+from modalities import ema as averaging
+from modalities import noise as noise_scale
 from modalities.compiling import compiled
 from modalities.dist import World, sum_over_ranks
+from modalities.ema import EmaConfig
 from modalities.loss import (
     NLL,
     Aux,
@@ -30,6 +34,7 @@ from modalities.loss import (
     sums_by_source,
 )
 from modalities.model import Cache, Head, Transformer
+from modalities.noise import NoiseConfig
 from modalities.optim import Optimizer, OptState, Params, clip_by_global_norm, local
 from modalities.profiling import span
 from modalities.rng import fold
@@ -41,6 +46,10 @@ Gradients = Callable[[Params, int, Batch], tuple[Params, tuple[Tensor, Aux]]]
 Judge = Callable[[Params, Tensor, Tensor], tuple[Params, Tensor]]
 """`judge(guard, loss [], whether loss or gradient are not finite: bool []) -> (guard, 1 to skip the step: fp32 [])`."""
 EvalStep = Callable[[Params, Iterable[Batch]], Tensor]
+LossTerms = tuple[Tensor, Tensor, Aux]
+"""(the loss, -log p(target) of each position, aux)."""
+HeadLoss = Callable[..., LossTerms]
+"""Of the arguments of `linear_cross_entropy`, and the batch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +79,10 @@ class TrainState:
     """Sequences consumed so far: the whole data cursor."""
     guard: Params = field(default_factory=dict)
     """What the guard remembers, by name: small tensors, the same on all ranks; empty where nothing is guarded."""
+    ema: Params = field(default_factory=dict)
+    """The running mean of `params`, with their names and sharding; empty where none is kept."""
+    noise: Params = field(default_factory=dict)
+    """Of the gradient noise scale: small tensors, the same on all ranks; empty until it is measured."""
 
 
 def apply(
@@ -107,29 +120,32 @@ def make_loss_fn(
     num_sources: int = 1,
     loss: LossConfig = NLL,
     compile_head: bool = False,
+    head_loss: HeadLoss | None = None,
 ) -> LossFn:
     """`loss_fn(params, batch)` for one micro-batch: `inputs` and `targets` int64 [B, T], `num_targets` a number [].
 
     The batch may have `documents` and `positions` [B, T]. With several sources it has `sources` [B], and `aux` has
     -log p(target) of each. Without `train` the loss is that as well, neither smoothed nor with a z-loss.
     `compile_head`: compile a chunked head's loss by itself, for a model whose blocks are compiled one by one.
+    `head_loss`: instead of the cross-entropy alone.
     """
     loss = loss if train else replace(loss, z_loss=0.0, label_smoothing=0.0)
 
     def loss_fn(params: Params, batch: Batch) -> tuple[Tensor, Aux]:
         weights, targets_BT = cast(model, params, compute_dtype), batch["targets"]
 
-        def head(hidden_BTD: Tensor, weight_VD: Tensor) -> tuple[Tensor, Tensor]:
+        def head(hidden_BTD: Tensor, weight_VD: Tensor) -> LossTerms:
             vocab_size, softcap = model.config.vocab_size, model.config.logit_softcap
-            return linear_cross_entropy(
+            of_head = (
                 hidden_BTD, weight_VD, targets_BT, loss, vocab_size, softcap, batch["num_targets"], compile_head
-            )
+            )  # fmt: skip
+            return head_loss(*of_head, batch) if head_loss else (*linear_cross_entropy(*of_head), {})
 
         inputs = (batch["inputs"], train, batch.get("positions"), batch.get("documents"))
-        value, nll_BT = apply(model, weights, *inputs, head=head)
-        if num_sources == 1:
-            return value, {}
-        return value, sums_by_source(nll_BT.sum(1), targets_BT, batch["sources"], num_sources)
+        value, nll_BT, aux = apply(model, weights, *inputs, head=head)
+        if num_sources > 1:
+            aux |= sums_by_source(nll_BT.sum(1), targets_BT, batch["sources"], num_sources)
+        return value, aux
 
     return loss_fn
 
@@ -240,10 +256,15 @@ def accumulated_grads(
 
 def source_losses(aux: Aux, sources: Sequence[str], group: ProcessGroup | None = None) -> Metrics:
     """`loss/<source>`, the mean over all ranks [nats per token]; NaN for one that has no target in the batch."""
-    if not aux:
+    if "source_loss" not in aux:
         return {}
     means_S = sum_over_ranks(aux["source_loss"], group) / sum_over_ranks(aux["source_targets"], group)
     return {f"loss/{source}": mean for source, mean in zip(sources, means_S, strict=True)}
+
+
+def parts_of_loss(aux: Aux, group: ProcessGroup | None = None) -> Metrics:
+    """`loss/data` and `loss/kl`, the means over all ranks [nats per token], of a loss that has such parts."""
+    return {f"loss/{name}": sum_over_ranks(aux[f"{name}_loss"], group) for name in ("data", "kl") if "kl_loss" in aux}
 
 
 def make_gradients(grad_fn: GradFn, seed: int, world: World, sync: Callable[[bool], None] | None = None) -> Gradients:
@@ -282,6 +303,8 @@ def make_train_step(
     sources: Sequence[str] = (),
     sync: Callable[[bool], None] | None = None,
     judge: Judge | None = None,
+    ema: EmaConfig = averaging.OFF,
+    noise: NoiseConfig = noise_scale.OFF,
 ) -> TrainStep:
     """`train_step(state, batch) -> (state, metrics)` for a rank's batch [A, B, T]; it consumes the state it gets.
 
@@ -289,21 +312,32 @@ def make_train_step(
     whether the step is skipped, which then advances the cursor and the step's number, and changes nothing else.
     """
     gradients = make_gradients(grad_fn, seed, world, sync)
+    # Without `sync`, for each micro-batch's gradient is to be that of all ranks.
+    measured = make_gradients(
+        noise_scale.watched(grad_fn, partial(sum_over_ranks, group=world.data_group)), seed, world
+    )
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        grads, (part, aux) = gradients(state.params, state.step, batch)
+        measures = noise.due(state.step + 1, len(batch["inputs"]))
+        grads, (part, aux) = (measured if measures else gradients)(state.params, state.step, batch)
         lr = lr_at(state.step)
         with span("optimizer"):
             grad_norm = clip_by_global_norm(grads, grad_clip)
             loss, is_bad = agreed(part, grad_norm, world)
             guard, skip = judge(state.guard, loss, is_bad) if judge else (state.guard, None)
             params, opt_state = optimizer.update(grads, state.opt_state, state.params, lr, skip)
+            ema_params = averaging.update(ema, state.ema, params, state.step + 1, skip)
         consumed = batch["inputs"].shape[0] * batch["inputs"].shape[1] * world.data_size
         metrics: Metrics = {"loss": loss, "lr": lr, "grad_norm": grad_norm}
-        metrics |= source_losses(aux, sources, world.data_group)
+        metrics |= source_losses(aux, sources, world.data_group) | parts_of_loss(aux, world.data_group)
         if "skipped" in guard:
             metrics["skipped"] = guard["skipped"]
-        return TrainState(params, opt_state, state.step + 1, state.samples + consumed, guard), metrics
+        seen = state.noise
+        if measures:
+            seen = noise_scale.update(noise, seen, aux[noise_scale.SQUARES], grad_norm, consumed, skip)
+            metrics["noise_scale"] = noise_scale.scale(seen)
+        after = (state.step + 1, state.samples + consumed, guard, ema_params, seen)
+        return TrainState(params, opt_state, *after), metrics
 
     return train_step
 

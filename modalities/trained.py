@@ -6,7 +6,7 @@ It finds and loads; what is then done with the model (text, evaluation, export, 
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -39,6 +39,8 @@ class Found:
     """As in `recipe.json`; None for a Hugging Face folder."""
     dtype: torch.dtype
     """What it computes in: the recipe's `parallel.param_dtype`, or what a Hugging Face folder says (else fp32)."""
+    weights: Literal["params", "ema"] = "params"
+    """ema: the running mean of the weights in the checkpoint, not they."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +58,24 @@ class Trained(Found):
         return self.config.max_seq_len
 
 
-def find(path: Path) -> Found:
+def find(path: Path, ema: bool = False) -> Found:
     """The model in a run's folder (its newest valid checkpoint), a checkpoint (step-N) or a Hugging Face folder.
 
-    Raises ValueError for any other path, and for what is damaged or not understood in one of these.
+    `ema`: its weights are their running mean. Raises ValueError for any other path, for what is damaged or not
+    understood in one of these, and where there is no such mean.
     """
+    found = find_model(path)
+    if not ema:
+        return found
+    if found.recipe is None or not checkpoint.has_ema(found.folder):
+        raise ValueError(
+            f"--ema: {found.folder} has no running mean of its weights, which a run keeps where ema.decay is not 0; "
+            "leave --ema out"
+        )
+    return replace(found, weights="ema")
+
+
+def find_model(path: Path) -> Found:
     if (path / checkpoint.MANIFEST).exists():
         checkpoint.read_manifest(path)
         return find_checkpoint(path)
@@ -135,9 +150,9 @@ def eos_ids(folder: Path) -> list[int] | None:
     return None
 
 
-def load(path: Path, device: torch.device) -> Trained:
+def load(path: Path, device: torch.device, ema: bool = False) -> Trained:
     """The model that `find` finds, ready to be used on `device`."""
-    found = find(path)
+    found = find(path, ema)
     model = build_skeleton(found.config)
     params = load_weights(found, {name: torch.empty(p.shape, device=device) for name, p in model.named_parameters()})
     return Trained(**vars(found), model=model, params=params)
@@ -156,7 +171,7 @@ def load_weights(found: Found, params: Params) -> Params:
                 f"{found.folder} has {name} {theirs}, but this model {ours}; leave model.… as it is in the folder"
             )
     if found.recipe is not None:
-        return checkpoint.load_params(found.folder, params)
+        return checkpoint.load_params(found.folder, params, found.weights)
     from modalities import families
 
     for name, weight in families.read_weights(found.folder, found.config):

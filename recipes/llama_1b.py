@@ -16,9 +16,9 @@ from modalities.checkpoint import CheckpointConfig
 from modalities.data import DataConfig
 from modalities.fsdp import ParallelConfig
 from modalities.log import LogConfig
-from modalities.model import RopeScaling
 from modalities.optim import OptimConfig, ScheduleConfig
 from modalities.recipe import Recipe
+from modalities.rope import RopeScaling
 from modalities.step import EvalConfig
 
 recipe = Recipe(

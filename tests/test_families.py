@@ -15,7 +15,8 @@ from torch import Tensor
 
 from modalities import presets
 from modalities.families import config_from_hf, config_to_hf, layout, read_config, read_weights
-from modalities.model import ModelConfig, RopeScaling, build_skeleton
+from modalities.model import ModelConfig, build_skeleton
+from modalities.rope import RopeScaling
 from modalities.step import apply
 
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"

@@ -12,21 +12,23 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "modalities"
 FLOORS = {
     0: {
-        "attention", "compiling", "config", "fields", "histogram", "log", "loss", "optim", "packing", "pairs",
-        "profiling", "ranks", "rng", "sources",
+        "attention", "compiling", "config", "fields", "histogram", "log", "loss", "muon", "mup", "packing", "pairs",
+        "profiling", "ranks", "rng", "rope", "sources",
     },
-    1: {"cli", "devices", "dist", "mixture", "model", "pbin"},
+    1: {"cli", "devices", "dist", "kl", "mixture", "model", "optim", "pbin"},
     2: {
-        "account", "corpus", "demo", "durable", "families", "files", "fingerprints", "fsdp", "heartbeat", "parts",
-        "presets", "run", "sequences", "step", "stopping", "tokenizer", "workplace",
+        "account", "corpus", "demo", "demo_chat", "durable", "ema", "families", "files", "fingerprints", "fsdp",
+        "heartbeat", "noise", "parts", "presets", "run", "sequences", "stopping", "tokenizer", "workplace",
     },
-    3: {"chat", "data", "encode", "guard", "masks", "memory", "shards", "shuffle"},
-    4: {"checkpoint", "describe", "pack"},
+    3: {"chat", "data", "encode", "masks", "shards", "shuffle", "step"},
+    4: {"checkpoint", "describe", "guard", "memory", "pack", "topk"},
     5: {"commands", "saving", "trained"},
-    6: {"evaluate", "generate", "hf"},
-    7: {"recipe"},
-    8: {"folder", "search"},
+    6: {"adopt", "evaluate", "generate", "teacher"},
+    7: {"average", "recipe"},
+    8: {"coordinates", "folder", "hf", "members", "search", "sweep_results", "variants"},
     9: {"loop"},
+    10: {"noise_advice"},
+    11: {"sweep"},
 }  # fmt: skip
 FLOOR_OF = {module: floor for floor, modules in FLOORS.items() for module in modules}
 CORE = ("attention", "model", "data", "loss", "optim", "fsdp", "step", "loop", "checkpoint")

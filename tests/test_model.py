@@ -19,17 +19,14 @@ from modalities.model import (
     Attention,
     Cache,
     ModelConfig,
-    RopeScaling,
     Transformer,
     build_skeleton,
     drop,
     flops_per_token,
     num_params,
-    rope_cos_sin,
-    rope_frequencies,
-    rotate,
 )
 from modalities.optim import Params
+from modalities.rope import RopeScaling, rope_cos_sin, rope_frequencies, rotate
 
 GPT2: dict[str, Any] = {
     "norm": "layernorm",

@@ -9,7 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from modalities import presets
-from modalities.model import ModelConfig, RopeScaling, build_skeleton, flops_per_token, num_params
+from modalities.model import ModelConfig, build_skeleton, flops_per_token, num_params
+from modalities.rope import RopeScaling
 
 PUBLISHED = {
     "gpt2_124m": 124_439_808,
