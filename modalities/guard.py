@@ -314,6 +314,14 @@ def repeats(device: torch.device) -> bool:
 # --------------------------------------------------------------------------------------------------------- on the host
 
 
+class Diverged(ValueError):
+    """Too many steps in a row were skipped, beginning with step `first`."""
+
+    def __init__(self, line: str, first: int) -> None:
+        super().__init__(line)
+        self.first = first
+
+
 @dataclass
 class Guard:
     """`state = guard(state, batch)` after each step: goes on, rolls back, or ends the run with a line (ValueError).
@@ -345,7 +353,7 @@ class Guard:
         for reading in self.readings(state, batch):
             in_row, verdict = reading.read()
             if in_row >= self.config.max_bad_steps:
-                raise ValueError(self.why_it_stops(reading, in_row, verdict))
+                raise Diverged(self.why_it_stops(reading, in_row, verdict), reading.state.step - in_row + 1)
             if verdict == SPIKE and self.config.rolls_back:
                 return self.roll_back(state, batch)
         if every and state.step % every == 0:

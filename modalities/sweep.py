@@ -9,7 +9,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -133,17 +132,15 @@ def leave_the_others() -> tuple[int, int]:
 def train_alone(member: "Member") -> "Result":
     """The member by the ordinary loop, from its newest checkpoint."""
     from modalities import log, loop
+    from modalities.guard import Diverged
     from modalities.sweep_results import Result, final_loss, thinned
 
     began, recipe = time.perf_counter(), member.recipe
     diverged = None
     try:
         loop.train(recipe)
-    except ValueError as error:
-        found = re.match(r"(\d+) steps in a row were skipped, up to step (\d+)", str(error))
-        if found is None:
-            raise
-        diverged = int(found[2]) - int(found[1]) + 1
+    except Diverged as error:
+        diverged = error.first
     lines = log.read_metrics(recipe.folder)
     curve = [(int(line["step"]), line["loss"]) for line in lines if line.get("loss") is not None]
     last = {key: value for line in lines for key, value in line.items()}
