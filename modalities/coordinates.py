@@ -21,7 +21,7 @@ from modalities.fsdp import init_params
 from modalities.model import ModelConfig, Transformer, build_skeleton
 from modalities.optim import Params
 from modalities.pbin import refuse_existing, write_beside
-from modalities.recipe import Recipe, load
+from modalities.recipe import Recipe, check_ranks, load
 from modalities.step import apply, grad_and_value, make_gradients, make_loss_fn
 
 PLACES = ("embedding", "attention", "MLP", "residual stream", "logits")
@@ -52,7 +52,7 @@ def at_width(model: ModelConfig, width: int) -> ModelConfig:
         raise ValueError(f"width {width} is no multiple of the recipe's heads of {model.head_width} features")
     heads = width // model.head_width
     group = math.gcd(heads, model.num_heads // model.kv_heads)
-    hidden = None if model.mlp_width is None else round(model.mlp_width * width / model.width)
+    hidden = round(model.mlp_hidden * width / model.width)
     return replace(
         model, width=width, num_heads=heads, num_kv_heads=heads // group, head_dim=model.head_width, mlp_width=hidden
     )
@@ -60,6 +60,7 @@ def at_width(model: ModelConfig, width: int) -> ModelConfig:
 
 def check(recipe: Recipe, widths: Sequence[int], steps: int, base_width: int, world: dist.World) -> Check:
     """Train at each width, with µP and without, on the same data from the same seed."""
+    check_ranks(recipe, 1)
     plain = replace(recipe.model, mup_base_width=0, mup_base_layers=0, mup_base_head_dim=0)
     bases = {STANDARD: 0, MUP: base_width}
     models = {

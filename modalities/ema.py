@@ -25,7 +25,7 @@ class EmaConfig:
     """Share of the mean that a step leaves: 0.999 averages over about the last 1,000 steps; 0: no mean is kept. After
     the first n steps it is (1 + n) / (10 + n) at most, so that the random initial weights are soon forgotten."""
     every: int = 1
-    """Steps between two updates, each of as many steps' decay."""
+    """Steps between two updates, each of as many steps' decay; where that very step is skipped there is none."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay < 1:  # nor NaN

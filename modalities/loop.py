@@ -259,7 +259,9 @@ def build(recipe: Recipe, world: dist.World) -> tuple[Run, TrainState]:
     dtype, mode, by_block = parallel.compute_dtype, parallel.compile_mode, parallel.compiles_blocks(sharded)
     whole, recompute = parallel.compiles_whole(sharded), parallel.activation_checkpointing == "selective"
     head_loss, teach = teacher.open_teacher(recipe.distill, parallel, world)
-    loss_fn = step.make_loss_fn(model, dtype, True, len(sources), recipe.loss, by_block, head_loss)
+    loss_fn = step.make_loss_fn(
+        model, dtype, train=True, num_sources=len(sources), loss=recipe.loss, compile_head=by_block, head_loss=head_loss
+    )
     by_autograd = parallel.differentiates_by_autograd(sharded)
     grad_fn = teacher.taught(step.grad_and_value(loss_fn, sharded, whole, mode, by_autograd, recompute), teach)
     sync = functools.partial(fsdp.sync_gradients, model) if parallel.sync_gradients == "last" else None

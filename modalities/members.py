@@ -89,20 +89,28 @@ def build(recipes: Sequence[Recipe], world: World) -> tuple[Together, TrainState
     terms = loss_terms(recipes, device)
     is_random = any((config.embed_dropout, config.attn_dropout, config.resid_dropout))
     by_seed = len({recipe.seed for recipe in recipes}) > 1
-    compile = parallel.compile != "off"
+    # A CUDA graph would put the gradients of a micro-batch where it has put those before.
+    compile, mode = (
+        parallel.compile != "off",
+        fsdp.WITHOUT_CUDA_GRAPHS.get(parallel.compile_mode, parallel.compile_mode),
+    )
     step_fn = make_step(
         make_gradients(make_loss_fn(model, parallel.compute_dtype, train=True), terms, by_seed, is_random),
         make_update(recipes, list(params), device),
-        parallel.compile_mode if compile else None,
+        mode if compile else None,
     )
     read = reader(recipes, micro_batch, world)
+    # All of them now, for a copy to a GPU in every step would wait for the step before.
+    rates = torch.tensor(
+        [[optim.learning_rate(r.optim, i, r.steps, r.tokens_after) for r in recipes] for i in range(first.steps)],
+        dtype=torch.float64, device=device,
+    )  # fmt: skip
 
     def advance(state: TrainState) -> TrainState:
         batches = read(state.samples)
-        rates = [optim.learning_rate(r.optim, state.step, r.steps, r.tokens_after) for r in recipes]
         if is_random:
             torch.manual_seed(fold(first.seed, "dropout", state.step))
-        losses = step_fn(state.params, state.opt_state, batches, torch.tensor(rates, dtype=torch.float64).to(device))
+        losses = step_fn(state.params, state.opt_state, batches, rates[state.step])
         record = state.opt_state["record"]
         record["losses"][state.step] = losses
         note_divergence(record, state.step + 1, first.guard.max_bad_steps)
@@ -112,7 +120,7 @@ def build(recipes: Sequence[Recipe], world: World) -> tuple[Together, TrainState
     val = data.open_val(first.data, config.vocab_size, first.eval.samples, micro_batch, world)
     eval_fn = make_eval(make_loss_fn(model, parallel.compute_dtype, train=False), device)
     if compile:
-        eval_fn = compiled(eval_fn, parallel.compile_mode)
+        eval_fn = compiled(eval_fn, mode)
 
     def evaluate(params: Params) -> dict[str, Tensor]:
         return {name: mean_loss(eval_fn, params, batches) for name, batches in val.items()}
@@ -123,6 +131,16 @@ def build(recipes: Sequence[Recipe], world: World) -> tuple[Together, TrainState
 def weights_of(state: TrainState, member: int) -> Params:
     """The weights of one member, as its own run would have them."""
     return {name: param[member] for name, param in state.params.items()}
+
+
+def cut(state: TrainState, keep: Sequence[int]) -> TrainState:
+    """The state of the members at these places alone, a copy."""
+    opt_state = {
+        kind: {name: x[:, keep] if name == "losses" else x[keep] for name, x in tensors.items()}
+        for kind, tensors in state.opt_state.items()
+    }
+    params = {name: param[keep] for name, param in state.params.items()}
+    return TrainState(params, opt_state, state.step, state.samples)
 
 
 # ------------------------------------------------------------------------------------------------------------ attention

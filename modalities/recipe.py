@@ -236,6 +236,9 @@ def memory_per_rank(recipe: Recipe, ranks: int, device_type: str = "cpu") -> mem
     weights = parts["optimizer"] / moments  # the rank's own in fp32, where they are not in the host's memory
     if recipe.ema.decay:
         parts["EMA"] = weights
+    if recipe.distill.on:
+        head = recipe.model.padded_vocab_size * recipe.model.width
+        parts["gradient of the head in chunks"] = head * (4.0 + parallel.compute_dtype.itemsize)
     if recipe.distill.teacher:
         chunk = recipe.loss.chunk_tokens
         parts["teacher"] = teacher.memory_per_rank(recipe.distill, parallel, chunk, micro * data.seq_len, shard)

@@ -98,7 +98,7 @@ def cache_key(recipe: Recipe, world: dist.World) -> str:
         "model": to_dict(recipe.model),
         "loss": to_dict(recipe.loss),
         "distill": to_dict(recipe.distill),
-        "beside": [recipe.optim.kind, bool(recipe.ema.decay)],
+        "beside": [recipe.optim.kind, bool(recipe.ema.decay), bool(recipe.noise.every)],
         "parallel": to_dict(without_missing_compiler(recipe.parallel, world.device)),
         "data": [data.seq_len, data.batch_sizes, data.document_mask, len(data.train)],
         "machine": [device, world.size, torch.__version__],
@@ -107,10 +107,14 @@ def cache_key(recipe: Recipe, world: dist.World) -> str:
 
 
 def candidates(recipe: Recipe, world: dist.World) -> list[int]:
-    """1, 2, 4, … as far as they divide a rank's part of every global batch; where 2 does not, the next that does."""
+    """1, 2, 4, … as far as they divide a rank's part of every global batch; where 2 does not, the next that does.
+
+    The noise of a step is measured by its parts: where it is, there are two at least.
+    """
     share = math.gcd(*(size // world.data_size for size in recipe.data.batch_sizes))
+    largest = max(recipe.data.batch_sizes) // world.data_size // (2 if recipe.noise.every else 1)
     sizes = [1]
-    for divisor in range(2, share + 1):
+    for divisor in range(2, min(share, largest) + 1):
         if share % divisor == 0 and divisor >= 2 * sizes[-1]:
             sizes.append(divisor)
     return sizes

@@ -335,6 +335,7 @@ def make_train_step(
         seen = state.noise
         if measures:
             seen = noise_scale.update(noise, seen, aux[noise_scale.SQUARES], grad_norm, consumed, skip)
+        if noise.every and seen:  # as it was last measured, for not every step is logged
             metrics["noise_scale"] = noise_scale.scale(seen)
         after = (state.step + 1, state.samples + consumed, guard, ema_params, seen)
         return TrainState(params, opt_state, *after), metrics

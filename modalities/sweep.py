@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from modalities.recipe import Recipe
     from modalities.step import TrainState
     from modalities.sweep_results import Result
-    from modalities.variants import Member
+    from modalities.variants import Axis, Member
 
 PROG = "python -m modalities.sweep"
 USAGE = f"""usage: [torchrun …] {PROG} --recipe NAME --grid FIELD=VALUE,… [--grid …] [--any flag of the recipe]
@@ -36,6 +36,11 @@ as a recipe. The same command continues a sweep that was stopped.
   --name NAME              the sweep's folder in --dir; by default the recipe's name
   --dir DIR                where sweeps lie; by default sweeps
   --together N             so many members at most in one program; by default as many as there is memory for
+  --optuna tpe --trials N  N members, a few at a time, each time where the losses so far are promising (needs the
+                           package: pip install 'modalities[optuna]'); values are drawn from lists and ranges
+  --optuna halving --trials N
+                           N members as of --samples; the worse half stops after a quarter of the steps, and the worse
+                           half of the others after a half
 {PROG} coord-check --help; {PROG} batch-size --help"""
 FILL = 0.8
 """Share of the memory that members may take together."""
@@ -51,12 +56,13 @@ def units_of(members: Sequence["Member"], most: Callable[["Recipe"], int]) -> li
     from modalities.members import alike, why_alone
 
     groups: dict[Recipe | int, list[int]] = {}
+    recipes = {member.number: member.recipe for member in members}
     for member in members:
         key = member.number if why_alone(member.recipe) else alike(member.recipe)
         groups.setdefault(key, []).append(member.number)
     units = []
     for group in groups.values():
-        number = math.ceil(len(group) / most(members[group[0]].recipe))  # of units, about equally large
+        number = math.ceil(len(group) / most(recipes[group[0]]))  # of units, about equally large
         units += [group[i * len(group) // number : (i + 1) * len(group) // number] for i in range(number)]
     return units
 
@@ -78,8 +84,8 @@ def most_together(recipe: "Recipe", processes: int) -> int:
     return max(1, int(room / (OVERHEAD * sum(parts.values()))))
 
 
-def claim(folder: Path, facts: Mapping[str, Any], units: Callable[[], list[list[int]]]) -> list[list[int]]:
-    """Make the folder this sweep's, and return what trains together; a ValueError if it is another's.
+def claim(folder: Path, facts: Mapping[str, Any], units: Callable[[], Any]) -> Any:
+    """Make the folder this sweep's, and return what `units` says trains together; a ValueError if it is another's.
 
     What was decided when it began holds: the memory that is free may differ by now.
     """
@@ -88,11 +94,14 @@ def claim(folder: Path, facts: Mapping[str, Any], units: Callable[[], list[list[
     path = folder / "sweep.json"
     facts = json.loads(json.dumps(facts))
     if not path.exists():
-        if folder.exists() and any(folder.iterdir()):
+        # That file may be in the making by another process of this sweep, or have come meanwhile.
+        strange = [other for other in folder.glob("*") if not other.name.startswith(path.name)]
+        if strange and not path.exists():
             raise ValueError(f"{folder} is there already, and is no sweep; give another --name")
+        content = (json.dumps({**facts, "units": units()}, indent=2) + "\n").encode()
         try:
             with write_beside(path) as file:
-                file.write((json.dumps({**facts, "units": units()}, indent=2) + "\n").encode())
+                file.write(content)
         except ValueError:  # another process of this sweep was first
             if not path.exists():
                 raise
@@ -157,8 +166,11 @@ def train_alone(member: "Member") -> "Result":
     )
 
 
-def train_together(unit: Sequence["Member"], folder: Path) -> "list[Result]":
-    """Members that are alike, from where an earlier start has left them."""
+def train_together(unit: Sequence["Member"], folder: Path, until: int = 0) -> "list[Result]":
+    """Members that are alike, from where an earlier start has left them, to step `until` (0: the end).
+
+    Their state at a step before the end stays in the folder, and may go on with some of them alone.
+    """
     from modalities import checkpoint, dist, durable, members
     from modalities import folder as folders
     from modalities.config import to_dict
@@ -171,15 +183,17 @@ def train_together(unit: Sequence["Member"], folder: Path) -> "list[Result]":
         durable.sweep(folder)
         newest = checkpoint.newest(folder)
         if newest:
-            state = checkpoint.restore(newest, state)
+            state = restored(newest, state, unit)
         print(begin_line(unit, state, world), flush=True)
-        while state.step < first.steps and not stop.signal:
+        last = until or first.steps
+        while state.step < last and not stop.signal:
             state = together.step(state)
             stop.agree()
             if state.step % max(1, first.steps // 10) == 0:
                 print(progress(state, first.steps, began), flush=True)
-            if stop.signal or (first.checkpoint.every and state.step % first.checkpoint.every == 0):
-                saved = checkpoint.save(folder, state, to_dict(first), is_main=True)
+            is_due = first.checkpoint.every and state.step % first.checkpoint.every == 0
+            if stop.signal or is_due or state.step == last < first.steps:
+                saved = checkpoint.save(folder, state, to_dict(first), True, {"members": [m.number for m in unit]})
                 for older in checkpoint.steps(folder):
                     if older != saved:
                         durable.remove(older)
@@ -189,12 +203,26 @@ def train_together(unit: Sequence["Member"], folder: Path) -> "list[Result]":
     return results
 
 
+def restored(path: Path, state: "TrainState", unit: Sequence["Member"]) -> "TrainState":
+    """The state at a checkpoint of these members, or of more of them."""
+    from modalities import checkpoint, durable, members, step
+
+    had, numbers = durable.read_facts(path)["members"], [member.number for member in unit]
+    if had == numbers:
+        return checkpoint.restore(path, state)
+    params = {name: param.new_empty(len(had), *param.shape[1:]) for name, param in state.params.items()}
+    whole = checkpoint.restore(path, step.TrainState(params, members.init(params, unit[0].recipe.steps)))
+    return members.cut(whole, [had.index(number) for number in numbers])
+
+
 def begin_line(unit: Sequence["Member"], state: "TrainState", world: "World") -> str:
     from modalities.model import num_params
 
     recipe = unit[0].recipe
     begin = f"continuing after step {state.step}" if state.step else "starting"
     numbers = f"members {unit[0].number} to {unit[-1].number}" if len(unit) > 1 else f"member {unit[0].number}"
+    if unit[-1].number - unit[0].number != len(unit) - 1:  # others between them have been stopped
+        numbers = f"members {', '.join(str(member.number) for member in unit)}"
     return (
         f"{begin} {numbers} together: {len(unit)} × {num_params(recipe.model):,} parameters, {recipe.steps} steps of "
         f"{recipe.tokens_of_steps} tokens on {world.device.type}, {recipe.parallel.param_dtype}"
@@ -213,7 +241,7 @@ def progress(state: "TrainState", steps: int, began: float) -> str:
 
 
 def results_of(unit: Sequence["Member"], together: "Together", state: "TrainState", began: float) -> "list[Result]":
-    """What came of members that have trained together to their end."""
+    """What has come of members that train together."""
     from modalities.sweep_results import Result, final_loss, thinned
 
     val = {name: losses.tolist() for name, losses in together.evaluate(state.params).items()}
@@ -226,7 +254,7 @@ def results_of(unit: Sequence["Member"], together: "Together", state: "TrainStat
             Result(
                 member=member.number,
                 overrides=member.overrides,
-                loss=None if diverged[i] else final_loss(points, member.recipe.steps),
+                loss=None if diverged[i] else final_loss(points, state.step),
                 val={name: finite(losses[i]) if not diverged[i] else None for name, losses in val.items()},
                 diverged=diverged[i] or None,
                 seconds=round(seconds, 3),
@@ -269,8 +297,11 @@ def main(argv: list[str]) -> None:
     paths = [axis.path for axis in axes]
     if twice := [path for i, path in enumerate(paths) if path in paths[:i]]:
         raise ValueError(f"--grid {twice[0]} is given twice; give all of its values once, with commas between them")
-    members = enlist(base, combinations(axes, base, options.samples), folder)
-    run(base, members, folder, name, options.together)
+    if options.optuna == "tpe":
+        run_tpe(base, axes, folder, name, options)
+        return
+    members = enlist(base, combinations(axes, base, options.samples or options.trials), folder)
+    run(base, members, folder, name, options.together, halving=options.optuna == "halving")
 
 
 def parse_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -280,7 +311,8 @@ def parse_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--grid", action="append", default=[])
     parser.add_argument("--name", default="")
     parser.add_argument("--dir", default="sweeps")
-    for flag in ("--samples", "--together"):
+    parser.add_argument("--optuna", choices=("tpe", "halving"))
+    for flag in ("--samples", "--together", "--trials"):
         parser.add_argument(flag, type=int, default=0)
     try:
         options, overrides = parser.parse_known_args(argv)
@@ -290,7 +322,13 @@ def parse_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         raise ValueError(f"{PROG} needs --recipe NAME; there are {', '.join(cli.recipe_files())}")
     if not options.grid and not {"-h", "--help"} & {*overrides}:
         raise ValueError(f"{PROG} needs what to vary: --grid optim.lr=1e-4,3e-4")
-    for flag in ("samples", "together"):
+    if options.optuna and (options.samples or not options.trials):
+        raise ValueError(f"--optuna {options.optuna} takes --trials N, and not --samples")
+    if options.trials and not options.optuna:
+        raise ValueError("--trials is for --optuna; the number of members drawn at random is --samples N")
+    if options.optuna and ranks.world_size() > 1:
+        raise ValueError("--optuna compares members as it goes, in one process; start it without torchrun")
+    for flag in ("samples", "together", "trials"):
         if getattr(options, flag) < 0:
             raise ValueError(f"--{flag} is {getattr(options, flag)}, but must be at least 1, or left out")
     if "/" in options.name:
@@ -298,11 +336,19 @@ def parse_options(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return options, overrides
 
 
-def run(base: "Recipe", members: Sequence["Member"], folder: Path, name: str, together: int = 0) -> None:
+def run(
+    base: "Recipe", members: Sequence["Member"], folder: Path, name: str, together: int = 0, halving: bool = False
+) -> None:
     """Train what has no result yet, and once all have one, show and draw them."""
-    from modalities import fingerprints, sweep_results
-    from modalities.config import to_dict
+    from modalities import optuna_search, sweep_results
+    from modalities.members import why_alone
+    from modalities.recipe import check_ranks
 
+    recipes = [member.recipe for member in members]
+    for recipe in recipes:
+        check_ranks(recipe, 1)  # now, and not when its turn comes
+    if halving:
+        optuna_search.check_halving(recipes, why_alone)
     here = ranks.local_world_size()
     rank, size = leave_the_others()
 
@@ -310,26 +356,66 @@ def run(base: "Recipe", members: Sequence["Member"], folder: Path, name: str, to
         # Under torchrun each process is to have a share.
         return min(together or most_together(recipe, here), math.ceil(len(members) / size))
 
-    files = fingerprints.of_files({k: v for member in members for k, v in member.recipe.data.files.items()})
-    facts = {
-        "recipe": to_dict(dataclasses.replace(base, name="")),
-        "members": [dict(member.overrides) for member in members],
-        "files": files,
-    }
+    facts = facts_of(base, recipes, "halving" if halving else None, members=[dict(m.overrides) for m in members])
     units = claim(folder, facts, lambda: units_of(members, most))
-    for i, unit in enumerate(units):
-        missing = [number for number in unit if number not in sweep_results.read(folder)]
-        if not missing or i % size != rank:
-            continue
-        if len(unit) == 1:
-            results = [train_alone(members[unit[0]])]
-        else:
-            results = train_together([members[number] for number in unit], folder / f"together-{i:03}")
-        sweep_results.append(folder, [result for result in results if result.member in missing])
-        shutil.rmtree(folder / f"together-{i:03}", ignore_errors=True)  # its results stay
+    if halving:
+        optuna_search.halving([[members[number] for number in unit] for unit in units], folder, train_together)
+    else:
+        train_units({i: unit for i, unit in enumerate(units) if i % size == rank}, members, folder)
     found = sweep_results.read(folder)
     if len(found) == len(members):
         print(conclude(base, members, [found[i] for i in sorted(found)], folder, name))
+
+
+def run_tpe(base: "Recipe", axes: "Sequence[Axis]", folder: Path, name: str, options: argparse.Namespace) -> None:
+    """Train members that Optuna proposes round by round, and show and draw them."""
+    from modalities import optuna_search as search
+    from modalities import sweep_results
+
+    package, extremes = search.load(), search.extremes(axes, base)
+
+    def round_size() -> int:
+        fitting = min(most_together(recipe, 1) for recipe in extremes)
+        return options.together or search.round_size(options.trials, fitting)
+
+    kind = f"tpe of optuna {package.__version__}"  # another version may propose other members
+    facts = facts_of(base, extremes, kind, grid=options.grid, trials=options.trials)
+    size = claim(folder, facts, round_size)
+
+    def train(members: Sequence["Member"]) -> None:
+        # A round's units are numbered after all that can have been before it.
+        units = units_of(members, lambda recipe: size)
+        train_units(dict(enumerate(units, start=members[0].number)), members, folder)
+
+    members = search.tpe(axes, base, folder, options.trials, size, train)
+    found = sweep_results.read(folder)
+    print(conclude(base, members, [found[i] for i in sorted(found)], folder, name))
+
+
+def facts_of(base: "Recipe", recipes: Sequence["Recipe"], optuna: str | None, **members: Any) -> dict[str, Any]:
+    """What makes a sweep this one; `recipes` are all that name its files."""
+    from modalities import fingerprints
+    from modalities.config import to_dict
+
+    files = fingerprints.of_files({path: path for recipe in recipes for path in recipe.data.files.values()})
+    return {"optuna": optuna, "recipe": to_dict(dataclasses.replace(base, name="")), **members, "files": files}
+
+
+def train_units(units: Mapping[int, Sequence[int]], members: Sequence["Member"], folder: Path) -> None:
+    """Train the members of each unit, by its number, that have no result yet."""
+    from modalities import sweep_results
+
+    of_number = {member.number: member for member in members}
+    for i, unit in units.items():
+        missing = [number for number in unit if number not in sweep_results.read(folder)]
+        if not missing:
+            continue
+        if len(unit) == 1:
+            results = [train_alone(of_number[unit[0]])]
+        else:
+            results = train_together([of_number[number] for number in unit], folder / f"together-{i:03}")
+        sweep_results.append(folder, [result for result in results if result.member in missing])
+        shutil.rmtree(folder / f"together-{i:03}", ignore_errors=True)  # its results stay
 
 
 def conclude(base: "Recipe", members: Sequence["Member"], results: "Sequence[Result]", folder: Path, name: str) -> str:
@@ -344,8 +430,8 @@ def conclude(base: "Recipe", members: Sequence["Member"], results: "Sequence[Res
     title = f"{name}: {len(results)} members of {size} parameters, {members[0].recipe.steps} steps"
     sweep_results.plot(results, axes, title, folder / "sweep.png")
     lines.append(f"  picture  {folder / 'sweep.png'}\n  results  {folder / 'results.jsonl'}")
-    best = min(results, key=lambda result: result.score)
-    if math.isinf(best.score):
+    best = min(results, key=lambda result: result.final_score)
+    if math.isinf(best.final_score):
         return "\n".join([*lines, "  no best member: all diverged"])
     path = folder / "best.py"
     recipe = dataclasses.replace(members[best.member].recipe, name=f"{name}-best", log=base.log)

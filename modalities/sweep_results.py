@@ -43,12 +43,24 @@ class Result:
     """Members that it trained with, itself included."""
     curve: Sequence[tuple[int, float]]
     """(step, mean loss of the steps since the point before)."""
+    stopped: int | None = None
+    """The step after which it was not worth going on; its losses are those it had there."""
 
     @property
     def score(self) -> float:
         """What members are ranked by: the mean over the validation sets, or else the training loss."""
         losses = [self.loss] if not self.val else [*self.val.values()]
         return math.inf if self.diverged or None in losses else sum(x for x in losses if x is not None) / len(losses)
+
+    @property
+    def final_score(self) -> float:
+        """Infinite for one that has not come to its end."""
+        return math.inf if self.stopped else self.score
+
+    @property
+    def standing(self) -> tuple[float, int, float, int]:
+        """Sorts members, the best first: those that came to their end, then those stopped late, early, diverged."""
+        return (self.final_score, -(self.stopped or 0), self.score, self.member)
 
 
 def thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
@@ -100,15 +112,22 @@ def replace_file(path: Path, content: bytes) -> None:
 def table(results: Sequence[Result], axes: Sequence[str]) -> str:
     """A row for each member, the best first."""
     sets = list(dict.fromkeys(name for result in results for name in result.val))
-    rows = [["member", *axes, "loss", *(f"val/{name}" for name in sets), "diverged"]]
-    for result in sorted(results, key=lambda result: (result.score, result.member)):
+    rows = [["member", *axes, "loss", *(f"val/{name}" for name in sets), "ended"]]
+    for result in sorted(results, key=lambda result: result.standing):
         values = [shown(result.overrides.get(axis)) for axis in axes]
         losses = [number(result.loss), *(number(result.val.get(name)) for name in sets)]
-        rows.append([f"{result.member}", *values, *losses, f"at step {result.diverged}" if result.diverged else ""])
+        rows.append([f"{result.member}", *values, *losses, ended(result)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
+
+
+def ended(result: Result) -> str:
+    """How, if not after its last step."""
+    if result.diverged:
+        return f"diverged at step {result.diverged}"
+    return f"stopped after step {result.stopped}" if result.stopped else ""
 
 
 def number(loss: float | None) -> str:
@@ -167,7 +186,7 @@ def places(results: Sequence[Result], axis: str) -> tuple[list[float], list[str]
 def draw_axis(panel: Any, results: Sequence[Result], axis: str) -> None:
     """Final loss against one swept value: a point for each member, a line through the best of each value."""
     positions, names = places(results, axis)
-    finite = [(x, r.score) for x, r in zip(positions, results, strict=True) if math.isfinite(r.score)]
+    finite = [(x, r.final_score) for x, r in zip(positions, results, strict=True) if math.isfinite(r.final_score)]
     best: dict[float, float] = {}
     for x, y in finite:
         best[x] = min(y, best.get(x, math.inf))
@@ -184,16 +203,13 @@ def draw_axis(panel: Any, results: Sequence[Result], axis: str) -> None:
         panel.scatter(*zip(*finite, strict=True), s=26, color="#4477aa", alpha=0.55, linewidths=0, zorder=3)
         x, y = min(finite, key=lambda point: point[1])
         panel.scatter([x], [y], s=150, marker="*", color="#ee8866", zorder=4, label=f"best: {y:.3f}")
-    gone = [x for x, r in zip(positions, results, strict=True) if not math.isfinite(r.score)]
-    if gone:
-        panel.scatter(
-            gone,
-            [0.95] * len(gone),
-            transform=panel.get_xaxis_transform(),
-            marker="x",
-            color="#cc3311",
-            label="diverged",
-        )
+    gone = {"diverged": ("x", "#cc3311", 0.95), "stopped early": ("v", "#aaaaaa", 0.88)}
+    for label, (marker, color, height) in gone.items():
+        those = [x for x, r in zip(positions, results, strict=True) if left(r) == label]
+        if those:
+            heights, across = [height] * len(those), panel.get_xaxis_transform()
+            # Not `scatter`, whose marks would not widen the axis.
+            panel.plot(those, heights, marker, transform=across, color=color, label=label)
     if names:
         panel.set_xticks(range(len(names)), names, rotation=20 if max(map(len, names)) > 8 else 0)
         panel.margins(x=0.15)
@@ -208,6 +224,13 @@ def draw_axis(panel: Any, results: Sequence[Result], axis: str) -> None:
     panel.legend(frameon=False, fontsize=8)
 
 
+def left(result: Result) -> str:
+    """What its mark says that a member has in place of a final loss."""
+    if math.isfinite(result.final_score):
+        return ""
+    return "stopped early" if result.stopped else "diverged"
+
+
 def draw_curves(panel: Any, results: Sequence[Result], axis: str) -> None:
     """The training loss of all members, coloured by where they lie on an axis; the best one thick."""
     from matplotlib import colormaps
@@ -215,7 +238,7 @@ def draw_curves(panel: Any, results: Sequence[Result], axis: str) -> None:
     positions, names = places(results, axis)
     scale = [math.log(x) for x in positions] if not names and is_log(positions) else positions
     low, span = min(scale), (max(scale) - min(scale)) or 1.0
-    best = min(results, key=lambda result: result.score).member
+    best = min(results, key=lambda result: result.final_score).member
     labelled: set[str] = set()
     for place, result in zip(scale, results, strict=True):
         if not result.curve:

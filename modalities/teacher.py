@@ -36,6 +36,8 @@ def find(path: Path) -> Found:
 
 def files(config: DistillConfig) -> dict[str, str]:
     """What tells one teacher from another, by its name in the recipe, for `fingerprints`; without one nothing."""
+    if config.teacher_topk:
+        return {"distill.teacher_topk": config.teacher_topk}
     if not config.teacher:
         return {}
     path = Path(config.teacher)

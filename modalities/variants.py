@@ -111,7 +111,11 @@ def draw(axis: Axis, base: Recipe, generator: Any) -> Any:
         return axis.values[generator.integers(len(axis.values))]
     kind, low, high = axis.range
     x = math.exp(generator.uniform(math.log(low), math.log(high))) if kind == "log" else generator.uniform(low, high)
-    return round(x) if type(value_of(base, axis.path)) is int else float(f"{x:.4g}")
+    return as_field(x, axis.path, base)
+
+
+def as_field(x: float, path: str, base: Recipe) -> int | float:
+    return round(x) if type(value_of(base, path)) is int else float(f"{x:.4g}")
 
 
 def value_of(recipe: Recipe, path: str) -> Any:

@@ -26,7 +26,7 @@ FLOORS = {
     6: {"adopt", "evaluate", "generate", "teacher"},
     7: {"average", "recipe"},
     8: {"coordinates", "folder", "hf", "members", "search", "sweep_results", "variants"},
-    9: {"loop"},
+    9: {"loop", "optuna_search"},
     10: {"noise_advice"},
     11: {"sweep"},
 }  # fmt: skip

@@ -72,7 +72,11 @@ CASES = [
         marks=pytest.mark.slow,
     ),
     pytest.param(
-        {"param_dtype": "bfloat16", "compile": "model"}, "chunked", 1, id="bf16-compiled", marks=tiny.needs_compiler
+        {"param_dtype": "bfloat16", "compile": "model"},
+        "chunked",
+        1,
+        id="bf16-compiled",
+        marks=[tiny.needs_compiler, pytest.mark.slow],
     ),
     pytest.param(
         {"param_dtype": "bfloat16", "compile": "model"},

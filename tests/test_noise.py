@@ -94,7 +94,7 @@ def test_micro_batches_find_the_noise_of_a_quadratic(ignored: float) -> None:
         share = ignored * torch.rand(16, 1, 1, generator=generator)  # of its targets, another in each micro-batch
         batch["targets"][torch.rand(16, 4, 4, generator=generator) < share] = -100
         state, metrics = train_step(state, batch)
-        assert ("noise_scale" in metrics) == (i % 2 == 1)
+        assert ("noise_scale" in metrics) == (i > 0)  # as it was last measured
         if i % 2:
             per_sequence.append(64 / float((batch["targets"] != -100).sum()))
     found = float(noise.scale(state.noise))
@@ -145,7 +145,7 @@ def logged(recipe: Recipe) -> dict[int, float]:
 
 
 def test_a_run_logs_it_goes_on_with_it_and_trains_as_without(finished: Recipe) -> None:
-    assert list(logged(finished)) == list(range(2, 21, 2)) and all(math.isfinite(s) for s in logged(finished).values())
+    assert list(logged(finished)) == list(range(2, 21)) and all(math.isfinite(s) for s in logged(finished).values())
     again = replace(finished, name="again")
     shutil.copytree(finished.folder, again.folder, ignore=shutil.ignore_patterns("step-00000020"))
     loop.train(again)

@@ -65,7 +65,7 @@ def train(folder: Path, *args: str, ranks: int = 1) -> subprocess.CompletedProce
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_auto_trains_as_a_given_micro_batch_does(ranks: int, tmp_path: Path, cache: Path) -> None:
     found = train(tmp_path, "--name", "auto", "--parallel.micro-batch", "auto", ranks=ranks)
     assert found.returncode == 0, found.stderr

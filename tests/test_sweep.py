@@ -140,6 +140,7 @@ def test_another_grid_under_the_same_name_is_refused(tiny_recipe: Recipe, tmp_pa
         (["--grid", "optim.lr=fast"], "optim.lr is 'fast', but should be float"),
         (["--grid", "optim.lr=-1"], "optim.lr is -1.0, but must be finite and not negative"),
         (["--grid", "model.width=30"], "does not divide model.width 30"),
+        (["--grid", "data.global_batch=8,7"], "data.global_batch 7 is not divisible by 1 rank(s)"),
         (["--grid", "optim.lr"], "is not FIELD=VALUE,VALUE"),
         (["--grid", "optim.lr=1e-3,1e-3"], "has 0.001 twice"),
         (["--grid", "seed=0", "--grid", "seed=1"], "--grid seed is given twice"),

@@ -206,6 +206,7 @@ def test_two_sources_in_packed_documents(here: Path) -> None:
     assert any("loss/stdlib" in line and "loss/more" in line for line in lines)
 
 
+@pytest.mark.slow
 def test_compiled_ranks_train(here: Path) -> None:
     train("--recipe", "demo", "--steps", "10", *SMALL, "--parallel.compile=model", "--parallel.param-dtype", "bfloat16",
           cwd=here, ranks=2)  # fmt: skip
