@@ -126,6 +126,7 @@ def compiled_once(config: ModelConfig) -> None:
 
 
 @tiny.needs_compiler
+@pytest.mark.slow
 def test_blocks_are_compiled_once_for_all_layers() -> None:
     tiny.run_ranks(2, compiled_once, replace(tiny.MODEL, num_layers=12))
 

@@ -84,6 +84,7 @@ def test_ten_steps_and_ten_more_are_twenty_to_the_bit(tmp_path: Path, ranks: int
     assert logged.count(11) == 2, "the resumed run started at step 10 and not anew"
 
 
+@pytest.mark.slow
 def test_the_default_precision_and_compilation_resume_to_the_bit_too(tmp_path: Path) -> None:
     parallel = ParallelConfig(micro_batch=4, param_dtype="bfloat16", compile="model")
     recipe = tiny.recipe(tmp_path, model=DROPOUT, parallel=parallel, data=replace(tiny.recipe(tmp_path).data, val=()))

@@ -110,6 +110,7 @@ def test_steps_are_chosen_among_those_before_the_run(done: int, total: int, firs
     assert choose_steps("", done, total) == range(first, last + 1)
 
 
+@pytest.mark.slow
 def test_steps_are_chosen_and_refused_on_the_command_line(tmp_path: Path) -> None:
     recipe = tiny.recipe(tmp_path, steps=4)
     searched = replace(recipe, parallel=replace(recipe.parallel, micro_batch="auto"))

@@ -109,6 +109,7 @@ recipe = replace(recipe, parallel=replace(recipe.parallel, micro_batch="auto"))
 """
 
 
+@pytest.mark.slow
 def test_a_run_with_a_searched_micro_batch_goes_on_and_is_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,6 +126,7 @@ def test_a_run_with_a_searched_micro_batch_goes_on_and_is_repeated(
     assert all(torch.equal(straight[name], repeated[name]) for name in straight)
 
 
+@pytest.mark.slow
 def test_model_from_on_the_command_line(here: Path) -> None:
     """A run begun from another's weights goes on by the same command, whatever became of the other."""
     train("--recipe", "demo", "--name", "x", *SMALL, "--steps", "4", cwd=here)
