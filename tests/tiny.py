@@ -95,7 +95,7 @@ def packed_batch(
     }
 
 
-def run_ranks(ranks: int, function: Callable[..., None], *args: Any) -> None:
+def run_ranks(ranks: int, function: Callable[..., object], *args: Any) -> None:
     """Call `function(*args)` in `ranks` new processes with torchrun's environment; raise what they raise."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -103,7 +103,7 @@ def run_ranks(ranks: int, function: Callable[..., None], *args: Any) -> None:
     torch.multiprocessing.start_processes(_rank, (ranks, port, function, args), nprocs=ranks, start_method="spawn")
 
 
-def _rank(rank: int, ranks: int, port: int, function: Callable[..., None], args: tuple[Any, ...]) -> None:
+def _rank(rank: int, ranks: int, port: int, function: Callable[..., object], args: tuple[Any, ...]) -> None:
     os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE=f"{ranks}")
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=f"{port}")
     torch.set_num_threads(1)
