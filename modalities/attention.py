@@ -16,6 +16,10 @@ from torch import Tensor
 
 Backend = Literal["auto", "manual", "sdpa", "flex", "flash"]
 
+LONGEST_MANUAL = 128
+"""Tokens up to which, on a CPU, all scores at once take less time than SDPA's kernel, whose backward pass in bf16 takes
+two to three times as long there (`benchmarks/attention.py`)."""
+
 
 @dataclass(frozen=True)
 class Mask:
@@ -51,6 +55,8 @@ def make_mask(
     `ValueError` if `backend` cannot do it here.
     """
     chosen = choose(backend, device)
+    if backend == "auto" and device.type == "cpu" and 1 < num_queries == num_keys <= LONGEST_MANUAL:
+        chosen = "manual"
     window = None if window is None or window >= num_keys else window
     if chosen == "flex":
         return Mask(

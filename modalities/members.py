@@ -8,7 +8,7 @@ B sequence · T position · D width · V vocabulary.
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from modalities import data, fsdp, mup, optim, step
+from modalities import attention, data, fsdp, mup, optim, step
 from modalities.compiling import compiled
 from modalities.dist import World
 from modalities.loss import IGNORED, Batch
@@ -95,8 +95,8 @@ def build(recipes: Sequence[Recipe], world: World) -> tuple[Together, TrainState
         fsdp.WITHOUT_CUDA_GRAPHS.get(parallel.compile_mode, parallel.compile_mode),
     )
     step_fn = make_step(
-        make_gradients(make_loss_fn(model, parallel.compute_dtype, train=True), terms, by_seed, is_random),
-        make_update(recipes, list(params), device),
+        make_gradients(make_loss_fn(model, parallel.compute_dtype), terms, by_seed, is_random),
+        make_update(recipes, {name: param.dim() for name, param in params.items()}, device),
         mode if compile else None,
     )
     read = reader(recipes, micro_batch, world)
@@ -118,12 +118,13 @@ def build(recipes: Sequence[Recipe], world: World) -> tuple[Together, TrainState
         return TrainState(state.params, state.opt_state, state.step + 1, samples)
 
     val = data.open_val(first.data, config.vocab_size, first.eval.samples, micro_batch, world)
-    eval_fn = make_eval(make_loss_fn(model, parallel.compute_dtype, train=False), device)
-    if compile:
-        eval_fn = compiled(eval_fn, mode)
+    # Once a sweep: one after another, without a compiler, they are done before they would be compiled.
+    alone = step.make_loss_fn(model, parallel.compute_dtype, train=False, loss=first.loss)
+    eval_step = step.make_eval_step(alone, sharded=False, compile=False)
 
     def evaluate(params: Params) -> dict[str, Tensor]:
-        return {name: mean_loss(eval_fn, params, batches) for name, batches in val.items()}
+        each = [{name: param[m] for name, param in params.items()} for m in range(len(recipes))]
+        return {name: torch.stack([eval_step(one, batches) for one in each]) for name, batches in val.items()}
 
     return Together(tuple(recipes), advance, evaluate), TrainState(params, init(params, first.steps))
 
@@ -151,7 +152,8 @@ def attention_of(recipe: Recipe, device: torch.device) -> Literal["manual", "sdp
     if device.type != "cpu":
         return "sdpa"
     masked = recipe.data.document_mask or recipe.model.window is not None
-    if masked or recipe.model.attn_dropout or recipe.data.sampling != "continuous":
+    short = recipe.data.seq_len <= attention.LONGEST_MANUAL
+    if short or masked or recipe.model.attn_dropout or recipe.data.sampling != "continuous":
         return "manual"  # the kernel for CPUs has no dropout, and takes masks in a way that the rule below does not
     batch_cpu_attention()
     return "sdpa"
@@ -197,7 +199,7 @@ def loss_terms(recipes: Sequence[Recipe], device: torch.device) -> Params:
     return {name: torch.tensor(column, device=device) for name, column in columns.items() if any(column)}
 
 
-def make_loss_fn(model: Transformer, compute_dtype: torch.dtype, train: bool) -> LossFn:
+def make_loss_fn(model: Transformer, compute_dtype: torch.dtype) -> LossFn:
     """The loss of `step.make_loss_fn` with all logits at once, for the chunked one has no rule for vmap.
 
     The weights of its terms are tensors [], so that members may differ in them.
@@ -223,7 +225,7 @@ def make_loss_fn(model: Transformer, compute_dtype: torch.dtype, train: bool) ->
 
         weights = {name: param.to(compute_dtype) for name, param in params.items()}
         inputs = (batch["inputs"], batch.get("positions"), batch.get("documents"))
-        return functional_call(model, weights, inputs, {"train": train, "head": head})
+        return functional_call(model, weights, inputs, {"train": True, "head": head})
 
     return loss_fn
 
@@ -243,27 +245,6 @@ def make_gradients(
         return every(params, batch, terms)
 
     return gradients
-
-
-def make_eval(loss_fn: LossFn, device: torch.device) -> Callable[[Params, Batch], Tensor]:
-    """`losses(params, batch) -> [M]`, summed over a batch [B, T] that all members read."""
-    one = torch.ones((), device=device)
-    every = torch.func.vmap(loss_fn, in_dims=(0, None, None))
-
-    def losses(params: Params, batch: Batch) -> Tensor:
-        return every(params, {"num_targets": one, **batch}, {})
-
-    return losses
-
-
-@torch.no_grad()
-def mean_loss(eval_fn: Callable[[Params, Batch], Tensor], params: Params, batches: data.ValData) -> Tensor:
-    """The mean over all targets [M], nats per token."""
-    total, count = torch.zeros(()), torch.zeros(())
-    for batch in batches:
-        losses = eval_fn(params, {key: value for key, value in batch.items() if key != "sources"})
-        total, count = total.to(losses) + losses, count.to(losses) + (batch["targets"] != IGNORED).sum()
-    return total / count
 
 
 # ----------------------------------------------------------------------------------------------------------- the state
@@ -304,16 +285,19 @@ def hyperparameters(configs: Sequence[OptimConfig], device: torch.device) -> Par
 
 
 def make_update(
-    recipes: Sequence[Recipe], names: Sequence[str], device: torch.device
+    recipes: Sequence[Recipe], dims: Mapping[str, int], device: torch.device
 ) -> Callable[[Params, Params, OptState, Tensor, Tensor], None]:
     """`update(params, grads, opt_state, losses [M], lr [M])`: clipping and AdamW of all members, in place.
+
+    `dims`: of each stacked tensor, by name.
 
     The formulas of `torch.optim.AdamW(fused=True)`, which the loop takes, with a number for each member. A member whose
     loss or gradient is not finite keeps every bit, as it would by itself.
     """
     config, of = recipes[0].optim, hyperparameters([recipe.optim for recipe in recipes], device)
-    decays = optim.decay_multiples(config.decay_rules, names)
-    multiples = {name: mup.multiples(recipes[0].model, name, "adamw") for name in names}
+    decays = optim.decay_multiples(config.decay_rules, list(dims))
+    model = recipes[0].model
+    kinds = {name: (dim, mup.multiples(model, name, "adamw"), decays[name]) for name, dim in dims.items()}
 
     def update(params: Params, grads: Params, opt_state: OptState, losses: Tensor, lr: Tensor) -> None:
         record = opt_state["record"]
@@ -326,17 +310,23 @@ def make_update(
         rate = lr / (1 - of["beta1"] ** record["updates"])
         root = (1 - of["beta2"] ** record["updates"]).sqrt()
         scale = (of["clip"].float() / (norms + 1e-6)).clamp(max=1.0)
+
+        def columns(dim: int, times: mup.Multiples, decay: float) -> list[Tensor]:
+            shrink = 1 - lr * of["decay"] * (times.lr * decay * times.weight_decay)
+            numbers = (1 - of["beta1"], of["beta2"], 1 - of["beta2"], root, of["eps"] * times.eps, shrink)
+            return [as_column(number, dim) for number in (skip, scale, rate * times.lr, *numbers)]
+
+        # Few differ, and the compiler looks at every one.
+        shared = {kind: columns(*kind) for kind in dict.fromkeys(kinds.values())}
         for name, param in params.items():
-            column = functools.partial(as_column, dim=param.dim())
-            mean, square, times = opt_state["exp_avg"][name], opt_state["exp_avg_sq"][name], multiples[name]
-            grad = grads[name] * column(scale)
-            new_mean = mean + (grad - mean) * column(1 - of["beta1"])
-            new_square = square * column(of["beta2"]) + grad * grad * column(1 - of["beta2"])
-            decayed = param * column(1 - lr * of["decay"] * (times.lr * decays[name] * times.weight_decay))
-            root_mean_square = new_square.sqrt() / column(root) + column(of["eps"] * times.eps)
-            new_param = decayed - column(rate * times.lr) * new_mean / root_mean_square
+            skipped, clip, step_size, gain1, beta2, gain2, norm, eps, shrink = shared[kinds[name]]
+            mean, square = opt_state["exp_avg"][name], opt_state["exp_avg_sq"][name]
+            grad = grads[name] * clip
+            new_mean = mean + (grad - mean) * gain1
+            new_square = square * beta2 + grad * grad * gain2
+            new_param = param * shrink - step_size * new_mean / (new_square.sqrt() / norm + eps)
             for old, new in ((mean, new_mean), (square, new_square), (param, new_param)):
-                old.copy_(torch.where(column(skip, torch.bool), old, new))
+                old.copy_(torch.where(skipped, old, new))
 
     return update
 
@@ -346,9 +336,9 @@ def squares(grad: Tensor) -> Tensor:
     return torch.linalg.vector_norm(grad, dim=-1).square().view(len(grad), -1).sum(1)
 
 
-def as_column(values: Tensor, dtype: torch.dtype = torch.float32, dim: int = 1) -> Tensor:
-    """A number for each member, [M], in the shape that broadcasts with tensors of `dim` dimensions."""
-    return values.to(dtype).view(-1, *(1,) * (dim - 1))
+def as_column(values: Tensor, dim: int) -> Tensor:
+    """A number or truth for each member, [M], in the shape that broadcasts with stacked tensors of `dim` dimensions."""
+    return (values if values.dtype == torch.bool else values.float()).view(-1, *(1,) * (dim - 1))
 
 
 def make_step(
