@@ -254,6 +254,7 @@ def build(recipe: Recipe, world: dist.World) -> tuple[Run, TrainState]:
     optimizer = optim.make(recipe.optim, names, functools.partial(mup.multiples, recipe.model))
     fsdp.parallelize(model, world.mesh, parallel)
     params = fsdp.init_params(model, recipe.seed, world.device, parallel.cpu_offload)
+    devices.keep_freed_memory(params.values())
 
     sources = recipe.data.source_names
     dtype, mode, by_block = parallel.compute_dtype, parallel.compile_mode, parallel.compiles_blocks(sharded)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import functional_call
 
-from modalities import attention, data, fsdp, mup, optim, step
+from modalities import attention, data, devices, fsdp, mup, optim, step
 from modalities.compiling import compiled
 from modalities.dist import World
 from modalities.loss import IGNORED, Batch
@@ -85,6 +85,7 @@ def build(recipes: Sequence[Recipe], world: World) -> tuple[Together, TrainState
     model = build_skeleton(config)
     each = [fsdp.init_params(build_skeleton(recipe.model), recipe.seed, device) for recipe in recipes]
     params = {name: torch.stack([one.pop(name) for one in each]) for name in list(each[0])}
+    devices.keep_freed_memory(params.values())
 
     terms = loss_terms(recipes, device)
     is_random = any((config.embed_dropout, config.attn_dropout, config.resid_dropout))
