@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from modalities import fsdp, step
+from modalities.attention import Backend
 from modalities.fsdp import ParallelConfig
 from modalities.loss import Batch, LossConfig
 from modalities.model import ModelConfig, Transformer, build_skeleton, num_params
@@ -174,8 +175,9 @@ def parts_of_step(
     """The same if the model has so many blocks."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    # flash and flex keep what sdpa keeps, but need a GPU to be called.
-    model = replace(model, num_layers=num_layers, attention="manual" if model.attention == "manual" else "sdpa")
+    # flash and flex keep what sdpa keeps, but need a GPU to be called; what auto is depends on the device.
+    kept: dict[str, Backend] = {"manual": "manual", "auto": "auto" if device_type == "cpu" else "sdpa"}
+    model = replace(model, num_layers=num_layers, attention=kept.get(model.attention, "sdpa"))
     with FakeTensorMode():
         skeleton = build_skeleton(model)
         # FSDP2 casts weights where it gathers them; they are counted by `sharded_weights`.

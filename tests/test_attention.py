@@ -9,7 +9,7 @@ import torch
 from tiny import needs_compiler
 from torch import Tensor
 
-from modalities.attention import BACKENDS, Mask, _sequence_begins, attention, choose, make_mask, why_not
+from modalities.attention import BACKENDS, LONGEST_MANUAL, Mask, _sequence_begins, attention, choose, make_mask, why_not
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
@@ -126,6 +126,17 @@ def test_a_plain_causal_mask_is_none() -> None:
     for t, s, window in ((12, 12, None), (12, 12, 12), (1, 12, None)):
         assert make_mask("auto", t, s, window, None, None, CPU).visible_B1TS is None
     assert make_mask("auto", 12, 12, 11, None, None, CPU).visible_B1TS is not None
+
+
+def test_auto_takes_all_scores_of_short_sequences_on_a_cpu() -> None:
+    """And SDPA for longer ones, for a cache's single query, and on a GPU."""
+    for t, s, device, backend in (
+        (LONGEST_MANUAL, LONGEST_MANUAL, CPU, "manual"),
+        (LONGEST_MANUAL + 1, LONGEST_MANUAL + 1, CPU, "sdpa"),
+        (1, 12, CPU, "sdpa"),
+        (12, 12, torch.device("meta"), "sdpa"),
+    ):
+        assert make_mask("auto", t, s, None, None, None, device).backend == backend
 
 
 def test_auto_never_picks_what_cannot_run() -> None:
