@@ -124,12 +124,12 @@ def test_peak_memory_is_the_most_that_a_process_held_and_not_what_it_inherited()
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
 def test_a_small_models_process_keeps_what_it_frees() -> None:
-    """Page faults of a step that takes and frees 200 MB in blocks of 20: none but the first time, if it keeps them."""
+    """Page faults of a step that takes and frees 200 MB in blocks of 4: few but the first time, if it keeps them."""
     script = """
 import resource, torch
 from modalities import devices
 def faults():
-    blocks = [torch.ones(5_000_000) for _ in range(10)]
+    blocks = [torch.ones(1_000_000) for _ in range(50)]
     del blocks
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 params = [torch.zeros({size})]
@@ -144,4 +144,4 @@ faults(); before = faults(); print((faults() - before))
         assert done.returncode == 0, done.stderr
         return int(done.stdout)
 
-    assert run(1000) < 1000 < 20_000 < run(devices.SMALL)
+    assert run(1000) < 10_000 < 30_000 < run(devices.SMALL)
