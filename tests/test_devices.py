@@ -120,29 +120,3 @@ def test_peak_memory_is_the_most_that_a_process_held_and_not_what_it_inherited()
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     before, after = map(int, shown.split())
     assert after - before == pytest.approx(2**28, rel=0.1) and before < ballast.nbytes
-
-
-# Other systems' allocators have no such setting, and are left as they are.
-@pytest.mark.skipif(sys.platform != "linux", reason="sets what glibc alone has")
-def test_a_small_models_process_keeps_what_it_frees() -> None:
-    """Page faults of a step that takes and frees 200 MB in blocks of 4: few but the first time, if it keeps them."""
-    script = """
-import resource, torch
-from modalities import devices
-def faults():
-    blocks = [torch.ones(1_000_000) for _ in range(50)]
-    del blocks
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-params = [torch.zeros({size})]
-devices.keep_freed_memory(params)
-faults(); before = faults(); print(faults() - before)
-"""
-
-    def run(size: int) -> int:
-        done = subprocess.run(
-            [sys.executable, "-c", script.replace("{size}", str(size))], capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        return int(done.stdout)
-
-    assert run(1000) < 10_000 < 30_000 < run(devices.SMALL)
