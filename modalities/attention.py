@@ -36,8 +36,17 @@ class Mask:
     """flash: where each document begins among all B × T tokens, int32, then B × T up to its length of B × T + 1."""
 
 
-def attention(q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, mask: Mask, dropout: float = 0.0) -> Tensor:
-    """softmax(q kᵀ / √E) v over the keys that `mask` shows, [B, T, H, E]; `dropout` of the attention weights."""
+def drop(x: Tensor, probability: float | Tensor) -> Tensor:
+    """x with features dropped at random and the others scaled up by as much, in the dtype of x."""
+    if isinstance(probability, Tensor):
+        is_kept = torch.rand_like(x, dtype=torch.float32) >= probability
+        return torch.where(is_kept, x / (1 - probability), 0).to(x.dtype)
+    return F.dropout(x, probability) if probability > 0 else x
+
+
+def attention(q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, mask: Mask, dropout: float | Tensor = 0.0) -> Tensor:
+    """softmax(q kᵀ / √E) v over the keys that `mask` shows, [B, T, H, E]; `dropout` of the attention weights, by a
+    tensor only with the backend `manual`."""
     return BACKENDS[mask.backend](q_BTHE, k_BSKE, v_BSKE, mask, dropout)
 
 
@@ -151,7 +160,7 @@ def _flash() -> Callable[..., Tensor] | None:
 # ------------------------------------------------------------------------------------------------------------ backends
 
 
-def manual(q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, mask: Mask, dropout: float) -> Tensor:
+def manual(q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, mask: Mask, dropout: float | Tensor) -> Tensor:
     """The definition, with scores in at least fp32: the reference that the others are held against."""
     (num_queries, num_heads), (num_keys, kv_heads) = q_BTHE.shape[1:3], k_BSKE.shape[1:3]
     q_BKGTE = q_BTHE.transpose(1, 2).unflatten(1, (kv_heads, num_heads // kv_heads))
@@ -163,7 +172,7 @@ def manual(q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, mask: Mask, dropout: 
     else:
         visible = visible[:, None]
     scores = (scores / q_BTHE.shape[-1] ** 0.5).masked_fill(~visible, -torch.inf)
-    weights = F.dropout(scores.softmax(-1), dropout).to(q_BTHE.dtype)
+    weights = drop(scores.softmax(-1), dropout).to(q_BTHE.dtype)
     return (weights @ v_BK1SE).flatten(1, 2).transpose(1, 2)
 
 
@@ -256,7 +265,7 @@ def _sequence_begins(documents_BT: Tensor) -> Tensor:
     return torch.cat((begins, begins.new_tensor([total]))).int()
 
 
-BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Mask, float], Tensor]] = {
+BACKENDS: dict[str, Callable[..., Tensor]] = {
     "manual": manual,
     "sdpa": sdpa,
     "flex": flex,

@@ -21,14 +21,15 @@ from modalities import attention, data, devices, fsdp, mup, optim, step
 from modalities.compiling import compiled
 from modalities.dist import World
 from modalities.loss import IGNORED, Batch
-from modalities.model import Transformer, build_skeleton
+from modalities.model import Dropout, Transformer, build_skeleton
 from modalities.optim import OptimConfig, OptState, Params, ScheduleConfig
 from modalities.recipe import Recipe
 from modalities.rng import fold
 from modalities.step import TrainState
 
-LossFn = Callable[[Params, Batch, Params], Tensor]
-"""`loss_fn(params, batch, terms)` of one member: its weights, a micro-batch, the weights of its loss's terms."""
+LossFn = Callable[[Params, Batch, Params, Dropout], Tensor]
+"""`loss_fn(params, batch, terms, dropout)` of one member: its weights, a micro-batch, the weights of its loss's terms,
+its rates of dropout."""
 LIBRARY = torch.library.Library("aten", "IMPL")
 """Holds the rules of `batch_cpu_attention` for as long as the process lives."""
 StepFn = Callable[[Params, OptState, list[Batch], Tensor], Tensor]
@@ -41,7 +42,7 @@ def alike(recipe: Recipe) -> Recipe:
         recipe,
         name="",
         seed=0,
-        model=replace(recipe.model, init_std=1.0),
+        model=replace(recipe.model, init_std=1.0, embed_dropout=0.0, attn_dropout=0.0, resid_dropout=0.0),
         loss=replace(recipe.loss, z_loss=0.0, label_smoothing=0.0),
         optim=replace(
             recipe.optim, lr=1.0, weight_decay=0.0, betas=(0.0, 0.0), eps=1.0, grad_clip=0.0, schedule=ScheduleConfig()
@@ -81,14 +82,14 @@ def build(recipes: Sequence[Recipe], world: World) -> tuple[Together, TrainState
     assert all(alike(recipe) == alike(first) and why_alone(recipe) is None for recipe in recipes)
     parallel, micro_batch = fsdp.without_missing_compiler(first.parallel, device), first.parallel.micro_batch
     assert micro_batch != "auto"
-    config = replace(first.model, attention=attention_of(first, device))
+    config = replace(first.model, attention=attention_of(recipes, device))
     model = build_skeleton(config)
     each = [fsdp.init_params(build_skeleton(recipe.model), recipe.seed, device) for recipe in recipes]
     params = {name: torch.stack([one.pop(name) for one in each]) for name in list(each[0])}
     devices.keep_freed_memory(params.values())
 
-    terms = loss_terms(recipes, device)
-    is_random = any((config.embed_dropout, config.attn_dropout, config.resid_dropout))
+    terms, dropout = loss_terms(recipes, device), dropout_of(recipes, device)
+    is_random = any(any(recipe.model.dropout) for recipe in recipes)
     by_seed = len({recipe.seed for recipe in recipes}) > 1
     # A CUDA graph would put the gradients of a micro-batch where it has put those before.
     compile, mode = (
@@ -96,7 +97,7 @@ def build(recipes: Sequence[Recipe], world: World) -> tuple[Together, TrainState
         fsdp.WITHOUT_CUDA_GRAPHS.get(parallel.compile_mode, parallel.compile_mode),
     )
     step_fn = make_step(
-        make_gradients(make_loss_fn(model, parallel.compute_dtype), terms, by_seed, is_random),
+        make_gradients(make_loss_fn(model, parallel.compute_dtype), terms, dropout, by_seed, is_random),
         make_update(recipes, {name: param.dim() for name, param in params.items()}, device),
         mode if compile else None,
     )
@@ -148,13 +149,14 @@ def cut(state: TrainState, keep: Sequence[int]) -> TrainState:
 # ------------------------------------------------------------------------------------------------------------ attention
 
 
-def attention_of(recipe: Recipe, device: torch.device) -> Literal["manual", "sdpa"]:
+def attention_of(recipes: Sequence[Recipe], device: torch.device) -> Literal["manual", "sdpa"]:
     """The backend that vmap takes all members through at once."""
+    recipe, rates = recipes[0], {recipe.model.attn_dropout for recipe in recipes}
     if device.type != "cpu":
-        return "sdpa"
+        return "manual" if len(rates) > 1 else "sdpa"
     masked = recipe.data.document_mask or recipe.model.window is not None
     short = recipe.data.seq_len <= attention.LONGEST_MANUAL
-    if short or masked or recipe.model.attn_dropout or recipe.data.sampling != "continuous":
+    if short or masked or any(rates) or recipe.data.sampling != "continuous":
         return "manual"  # the kernel for CPUs has no dropout, and takes masks in a way that the rule below does not
     batch_cpu_attention()
     return "sdpa"
@@ -200,14 +202,20 @@ def loss_terms(recipes: Sequence[Recipe], device: torch.device) -> Params:
     return {name: torch.tensor(column, device=device) for name, column in columns.items() if any(column)}
 
 
+def dropout_of(recipes: Sequence[Recipe], device: torch.device) -> Dropout:
+    """The rates, each a number if it is that of all members, else fp32 [M]."""
+    columns: Any = zip(*(recipe.model.dropout for recipe in recipes), strict=True)
+    return Dropout(*(c[0] if len(set(c)) == 1 else torch.tensor(c, device=device) for c in columns))
+
+
 def make_loss_fn(model: Transformer, compute_dtype: torch.dtype) -> LossFn:
     """The loss of `step.make_loss_fn` with all logits at once, for the chunked one has no rule for vmap.
 
-    The weights of its terms are tensors [], so that members may differ in them.
+    The weights of its terms are tensors [], so that members may differ in them, and in the rates of dropout.
     """
     vocab_size, softcap = model.config.vocab_size, model.config.logit_softcap
 
-    def loss_fn(params: Params, batch: Batch, terms: Params) -> Tensor:
+    def loss_fn(params: Params, batch: Batch, terms: Params, dropout: Dropout) -> Tensor:
         targets_BT = batch["targets"]
 
         def head(hidden_BTD: Tensor, weight_VD: Tensor) -> Tensor:
@@ -226,13 +234,13 @@ def make_loss_fn(model: Transformer, compute_dtype: torch.dtype) -> LossFn:
 
         weights = {name: param.to(compute_dtype) for name, param in params.items()}
         inputs = (batch["inputs"], batch.get("positions"), batch.get("documents"))
-        return functional_call(model, weights, inputs, {"train": True, "head": head})
+        return functional_call(model, weights, inputs, {"train": dropout, "head": head})
 
     return loss_fn
 
 
 def make_gradients(
-    loss_fn: LossFn, terms: Params, by_seed: bool, is_random: bool
+    loss_fn: LossFn, terms: Params, dropout: Dropout, by_seed: bool, is_random: bool
 ) -> Callable[[Params, Batch], tuple[Params, Tensor]]:
     """`gradients(params, batch) -> (grads, losses [M])`; `by_seed`: whether each member has a batch of its own.
 
@@ -240,10 +248,11 @@ def make_gradients(
     """
     one = torch.func.grad_and_value(loss_fn)
     randomness = "different" if is_random else "error"
-    every = torch.func.vmap(one, in_dims=(0, 0 if by_seed else None, 0), randomness=randomness)
+    of_rates = Dropout._make(0 if isinstance(rate, Tensor) else None for rate in dropout)
+    every = torch.func.vmap(one, in_dims=(0, 0 if by_seed else None, 0, of_rates), randomness=randomness)
 
     def gradients(params: Params, batch: Batch) -> tuple[Params, Tensor]:
-        return every(params, batch, terms)
+        return every(params, batch, terms, dropout)
 
     return gradients
 

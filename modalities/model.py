@@ -8,14 +8,14 @@ K key/value heads · E head dim · F hidden width of the MLP · V padded vocabul
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modalities import mup
-from modalities.attention import Backend, Mask, attention, make_mask
+from modalities.attention import Backend, Mask, attention, drop, make_mask
 from modalities.rope import Rope, RopeScaling, rope_cos_sin, rotate
 
 VOCAB_MULTIPLE = 128
@@ -130,6 +130,10 @@ class ModelConfig:
             raise ValueError(f"model.attn_dropout needs model.attention manual or sdpa, not {self.attention}")
 
     @property
+    def dropout(self) -> "Dropout":
+        return Dropout(self.embed_dropout, self.attn_dropout, self.resid_dropout)
+
+    @property
     def kv_heads(self) -> int:
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
@@ -179,8 +183,12 @@ class Cache:
         return None if self.one_document else self.documents_BS[:, :end]
 
 
-def drop(x: Tensor, probability: float, train: bool) -> Tensor:
-    return F.dropout(x, probability) if train and probability > 0 else x
+class Dropout(NamedTuple):
+    """How likely each is dropped: numbers, or tensors [], of which vmap may have one for each of many models."""
+
+    embed: float | Tensor = 0.0
+    attn: float | Tensor = 0.0
+    resid: float | Tensor = 0.0
 
 
 def make_norm(config: ModelConfig, features: int) -> nn.Module:
@@ -205,7 +213,7 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(config.head_width, eps=config.norm_eps)
             self.k_norm = nn.RMSNorm(config.head_width, eps=config.norm_eps)
 
-    def forward(self, x_BTD: Tensor, rope: Rope, mask: Mask, cache: Cache | None, train: bool) -> Tensor:
+    def forward(self, x_BTD: Tensor, rope: Rope, mask: Mask, cache: Cache | None, dropout: Dropout) -> Tensor:
         heads = (*x_BTD.shape[:2], -1, self.config.head_width)
         q_BTHE, k_BSKE, v_BSKE = (w(x_BTD).view(heads) for w in (self.wq, self.wk, self.wv))
         if self.config.qk_norm:
@@ -215,7 +223,7 @@ class Attention(nn.Module):
         q_BTHE = mup.scaled(q_BTHE, mup.query_multiple(self.config))
         if cache is not None:
             k_BSKE, v_BSKE = cache.append(self.layer, k_BSKE, v_BSKE)
-        out_BTHE = attention(q_BTHE, k_BSKE, v_BSKE, mask, self.config.attn_dropout if train else 0.0)
+        out_BTHE = attention(q_BTHE, k_BSKE, v_BSKE, mask, dropout.attn)
         return self.wo(out_BTHE.flatten(2))
 
 
@@ -240,16 +248,16 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.dropout, self.multiple = config.resid_dropout, mup.residual_multiple(config)
+        self.multiple = mup.residual_multiple(config)
         self.attn_norm = make_norm(config, config.width)
         self.attn = Attention(config, layer)
         self.mlp_norm = make_norm(config, config.width)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTD: Tensor, rope: Rope, mask: Mask, cache: Cache | None, train: bool) -> Tensor:
-        out_BTD = mup.scaled(self.attn(self.attn_norm(x_BTD), rope, mask, cache, train), self.multiple)
-        x_BTD = x_BTD + drop(out_BTD, self.dropout, train)
-        return x_BTD + drop(mup.scaled(self.mlp(self.mlp_norm(x_BTD)), self.multiple), self.dropout, train)
+    def forward(self, x_BTD: Tensor, rope: Rope, mask: Mask, cache: Cache | None, dropout: Dropout) -> Tensor:
+        out_BTD = mup.scaled(self.attn(self.attn_norm(x_BTD), rope, mask, cache, dropout), self.multiple)
+        x_BTD = x_BTD + drop(out_BTD, dropout.resid)
+        return x_BTD + drop(mup.scaled(self.mlp(self.mlp_norm(x_BTD)), self.multiple), dropout.resid)
 
 
 class Transformer(nn.Module):
@@ -276,14 +284,14 @@ class Transformer(nn.Module):
         positions_BT: Tensor | None = None,
         documents_BT: Tensor | None = None,
         *,
-        train: bool = False,
+        train: bool | Dropout = False,
         cache: Cache | None = None,
         head: Head | None = None,
     ) -> Any:
         """Logits [B, T, vocab_size], or what `head` makes of the last hidden states and the head's weight.
 
-        `positions`: by default 0 … T-1; `documents`: attention stays within one, and -1 is padding; `train`: dropout.
-        With a `cache` the tokens come after those in it, and are appended.
+        `positions`: by default 0 … T-1; `documents`: attention stays within one, and -1 is padding; `train`: with
+        dropout, the config's or the one given. With a `cache` the tokens come after those in it, and are appended.
         """
         config, seq_len, device = self.config, tokens_BT.shape[1], tokens_BT.device
         past = 0 if cache is None else cache.length
@@ -299,9 +307,10 @@ class Transformer(nn.Module):
         if config.positions == "learned":
             x_BTD = x_BTD + self.positions(positions_BT)
         rope = rope_cos_sin(positions_BT, config) if config.positions == "rope" else None
-        x_BTD = drop(x_BTD, config.embed_dropout, train)
+        dropout = train if isinstance(train, Dropout) else config.dropout if train else Dropout()
+        x_BTD = drop(x_BTD, dropout.embed)
         for block in self.blocks:
-            x_BTD = block(x_BTD, rope, mask, cache, train)
+            x_BTD = block(x_BTD, rope, mask, cache, dropout)
         if cache is not None:
             cache.length += seq_len
         weight_VD = self.embed.weight if config.tied else self.head.weight

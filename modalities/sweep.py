@@ -51,8 +51,8 @@ OVERHEAD = 1.5
 # ------------------------------------------------------------------------------------------------------- what runs when
 
 
-def units_of(members: Sequence["Member"], most: Callable[["Recipe"], int]) -> list[list[int]]:
-    """The numbers of the members that train together, at most `most(recipe)` of them; those who cannot, alone."""
+def units_of(members: Sequence["Member"], most: Callable[[Sequence["Recipe"]], int]) -> list[list[int]]:
+    """The numbers of the members that train together, at most `most(recipes)` of them; those who cannot, alone."""
     from modalities.members import alike, why_alone
 
     groups: dict[Recipe | int, list[int]] = {}
@@ -62,13 +62,13 @@ def units_of(members: Sequence["Member"], most: Callable[["Recipe"], int]) -> li
         groups.setdefault(key, []).append(member.number)
     units = []
     for group in groups.values():
-        number = math.ceil(len(group) / most(recipes[group[0]]))  # of units, about equally large
+        number = math.ceil(len(group) / most([recipes[i] for i in group]))  # of units, about equally large
         units += [group[i * len(group) // number : (i + 1) * len(group) // number] for i in range(number)]
     return units
 
 
-def most_together(recipe: "Recipe", processes: int) -> int:
-    """How many members such as this one there is memory for, in each of `processes` on this machine."""
+def most_together(recipes: Sequence["Recipe"], processes: int) -> int:
+    """How many members such as these, which are alike, there is memory for, in each of `processes` on this machine."""
     import torch
 
     from modalities import devices
@@ -76,9 +76,10 @@ def most_together(recipe: "Recipe", processes: int) -> int:
     from modalities.recipe import memory_per_rank
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    recipe = max(recipes, key=lambda recipe: sum(rate > 0 for rate in recipe.model.dropout))
     room = FILL * devices.available(device, processes if device.type == "cpu" else 1)
     plain = dataclasses.replace(recipe.loss, implementation="plain")
-    attention = dataclasses.replace(recipe.model, attention=attention_of(recipe, device))
+    attention = dataclasses.replace(recipe.model, attention=attention_of(recipes, device))
     parts = memory_per_rank(dataclasses.replace(recipe, loss=plain, model=attention), 1, device.type)
     parts.pop("copy being saved", None)
     return max(1, int(room / (OVERHEAD * sum(parts.values()))))
@@ -352,9 +353,9 @@ def run(
     here = ranks.local_world_size()
     rank, size = leave_the_others()
 
-    def most(recipe: "Recipe") -> int:
+    def most(recipes: Sequence["Recipe"]) -> int:
         # Under torchrun each process is to have a share.
-        return min(together or most_together(recipe, here), math.ceil(len(members) / size))
+        return min(together or most_together(recipes, here), math.ceil(len(members) / size))
 
     facts = facts_of(base, recipes, "halving" if halving else None, members=[dict(m.overrides) for m in members])
     units = claim(folder, facts, lambda: units_of(members, most))
@@ -375,7 +376,7 @@ def run_tpe(base: "Recipe", axes: "Sequence[Axis]", folder: Path, name: str, opt
     package, extremes = search.load(), search.extremes(axes, base)
 
     def round_size() -> int:
-        fitting = min(most_together(recipe, 1) for recipe in extremes)
+        fitting = min(most_together([recipe], 1) for recipe in extremes)
         return options.together or search.round_size(options.trials, fitting)
 
     kind = f"tpe of optuna {package.__version__}"  # another version may propose other members
@@ -384,7 +385,7 @@ def run_tpe(base: "Recipe", axes: "Sequence[Axis]", folder: Path, name: str, opt
 
     def train(members: Sequence["Member"]) -> None:
         # A round's units are numbered after all that can have been before it.
-        units = units_of(members, lambda recipe: size)
+        units = units_of(members, lambda recipes: size)
         train_units(dict(enumerate(units, start=members[0].number)), members, folder)
 
     members = search.tpe(axes, base, folder, options.trials, size, train)

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from modalities import dist, loop, members
+from modalities import attention, dist, loop, members
 from modalities.log import read_metrics
 from modalities.recipe import Recipe
 from modalities.step import TrainState
@@ -75,6 +75,25 @@ def test_dropout_and_documents_and_bf16_train(tmp_path: Path) -> None:
     assert torch.equal(first, second)
 
 
+def test_each_has_its_own_rates_of_dropout(tmp_path: Path) -> None:
+    """Who drops nothing learns as by itself, whoever trains beside it; who drops a tenth does so on average."""
+    base = tiny.recipe(tmp_path, steps=5)
+    rates: tuple[dict[str, float], ...] = ({}, {"embed_dropout": 0.5}, {"attn_dropout": 0.5, "resid_dropout": 0.2})
+    recipes = [changed(base, model=rate) for rate in rates]
+    _, state = train_together(recipes)
+    losses, _ = solo(base, "solo")
+    record = state.opt_state["record"]["losses"].double()
+    assert ((record[:, 0] - losses) / losses).abs().max() <= 1e-5
+    assert (record[0, 1:] != record[0, 0]).all() and record.isfinite().all()
+
+    torch.manual_seed(0)
+    x, p = torch.full((10_000,), 3.0, dtype=torch.bfloat16), torch.tensor([0.0, 0.1, 0.9])
+    dropped = torch.func.vmap(lambda rate: attention.drop(x, rate), randomness="different")(p)
+    assert dropped.dtype == x.dtype and torch.equal(dropped[0], x)
+    assert (dropped == 0).double().mean(1).tolist() == pytest.approx([0, 0.1, 0.9], abs=0.02)
+    assert dropped.double().mean(1).tolist() == pytest.approx([3, 3, 3], rel=0.1)
+
+
 def test_documents_and_one_micro_batch_as_alone(tmp_path: Path) -> None:
     base = changed(tiny.recipe(tmp_path, steps=5), data={"document_mask": True}, parallel={"micro_batch": 8})
     base = changed(base, model={"logit_softcap": 5.0, "mup_base_width": 16})
@@ -103,7 +122,7 @@ def test_who_trains_together(tmp_path: Path) -> None:
     for same in (
         changed(base, seed=5, name="b"),
         changed(base, optim={"lr": 1.0, "betas": (0.5, 0.5), "schedule": replace(base.optim.schedule, warmup=1)}),
-        changed(base, loss={"z_loss": 0.1, "label_smoothing": 0.2}, model={"init_std": 1.0}),
+        changed(base, loss={"z_loss": 0.1, "label_smoothing": 0.2}, model={"init_std": 1.0, "attn_dropout": 0.1}),
     ):
         assert members.alike(same) == members.alike(base) and members.why_alone(same) is None
     for other in (changed(base, steps=21), changed(base, model={"width": 64}), changed(base, data={"seq_len": 16})):

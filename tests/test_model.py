@@ -13,15 +13,15 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from modalities.attention import make_mask
+from modalities.attention import drop, make_mask
 from modalities.fsdp import init_params
 from modalities.model import (
     Attention,
     Cache,
+    Dropout,
     ModelConfig,
     Transformer,
     build_skeleton,
-    drop,
     flops_per_token,
     num_params,
 )
@@ -313,9 +313,9 @@ def test_dropout_reaches_the_attention_weights() -> None:
     mask = make_mask("auto", 6, 6, None, None, None, torch.device("cpu"))
     torch.manual_seed(0)
     with torch.no_grad():
-        plain = attention(x_BTD, rope, mask, None, False)
-        assert torch.equal(attention(x_BTD, rope, mask, None, False), plain)
-        draws = torch.cat([attention(x_BTD, rope, mask, None, True) for _ in range(4000)])
+        plain = attention(x_BTD, rope, mask, None, Dropout())
+        assert torch.equal(attention(x_BTD, rope, mask, None, Dropout()), plain)
+        draws = torch.cat([attention(x_BTD, rope, mask, None, config.dropout) for _ in range(4000)])
     assert bool((draws.std(0) > 0.01).all())
     assert ((draws.mean(0) - plain).abs() < 6 * draws.std(0) / math.sqrt(4000)).all()
 
@@ -323,10 +323,10 @@ def test_dropout_reaches_the_attention_weights() -> None:
 def test_drop_keeps_the_mean() -> None:
     torch.manual_seed(0)
     ones = torch.ones(100_000)
-    dropped = drop(ones, 0.2, train=True)
+    dropped = drop(ones, 0.2)
     assert sorted(set(dropped.tolist())) == [0.0, 1.25]
     assert abs(dropped.mean() - 1) < 0.01
-    assert drop(ones, 0.2, train=False) is ones
+    assert drop(ones, 0.0) is ones
 
 
 # ------------------------------------------------------------------------------------------------------ initial weights

@@ -180,9 +180,9 @@ def test_values_and_draws(tmp_path: Path) -> None:
 def test_members_are_cut_into_equal_units(tmp_path: Path) -> None:
     base = tiny.recipe(tmp_path)
     members = variants.enlist(base, [{"seed": i} for i in range(7)], tmp_path)
-    assert sweep.units_of(members, lambda recipe: 7) == [[0, 1, 2, 3, 4, 5, 6]]
-    assert sweep.units_of(members, lambda recipe: 3) == [[0, 1], [2, 3], [4, 5, 6]]
-    assert sweep.most_together(base, 1) > 8  # of models so small there is room for many
+    assert sweep.units_of(members, lambda recipes: 7) == [[0, 1, 2, 3, 4, 5, 6]]
+    assert sweep.units_of(members, lambda recipes: 3) == [[0, 1], [2, 3], [4, 5, 6]]
+    assert sweep.most_together([base], 1) > 8  # of models so small there is room for many
 
 
 def test_the_picture_says_what_it_shows(tmp_path: Path) -> None:
