@@ -86,7 +86,7 @@ def build(recipes: Sequence[Recipe], world: World) -> tuple[Together, TrainState
     model = build_skeleton(config)
     each = [fsdp.init_params(build_skeleton(recipe.model), recipe.seed, device) for recipe in recipes]
     params = {name: torch.stack([one.pop(name) for one in each]) for name in list(each[0])}
-    devices.keep_freed_memory(params.values())
+    devices.keep_freed_memory(params.values(), large_too=True)  # all logits of all members, in every step
 
     terms, dropout = loss_terms(recipes, device), dropout_of(recipes, device)
     is_random = any(any(recipe.model.dropout) for recipe in recipes)
