@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modalities import dist, mup, optim
+from modalities import devices, dist, mup, optim
 from modalities.data import TrainData
 from modalities.fsdp import init_params
 from modalities.model import ModelConfig, Transformer, build_skeleton
@@ -79,6 +79,7 @@ def measure(recipe: Recipe, model: ModelConfig, steps: int, world: dist.World) -
     data = TrainData(recipe.data, model.vocab_size, recipe.seed, size, world)
     skeleton = build_skeleton(model)
     params = init_params(skeleton, recipe.seed, world.device)
+    devices.keep_freed_memory(params.values(), large_too=True)
     optimizer = optim.make(recipe.optim, params, functools.partial(mup.multiples, model))
     opt_state = optimizer.init(params)
     loss_fn = make_loss_fn(skeleton, torch.float32, train=True, num_sources=len(recipe.data.train), loss=recipe.loss)
