@@ -165,7 +165,9 @@ def manual(q_BTHE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, mask: Mask, dropout: 
     (num_queries, num_heads), (num_keys, kv_heads) = q_BTHE.shape[1:3], k_BSKE.shape[1:3]
     q_BKGTE = q_BTHE.transpose(1, 2).unflatten(1, (kv_heads, num_heads // kv_heads))
     k_BK1SE, v_BK1SE = (x.transpose(1, 2)[:, :, None] for x in (k_BSKE, v_BSKE))
-    scores = (q_BKGTE @ k_BK1SE.transpose(-1, -2)).to(torch.promote_types(q_BTHE.dtype, torch.float32))
+    # Not the product alone: rounded to bf16, large scores would be off by several percent after the exponential.
+    dtype = torch.promote_types(q_BTHE.dtype, torch.float32)
+    scores = q_BKGTE.to(dtype) @ k_BK1SE.transpose(-1, -2).to(dtype)
     visible = mask.visible_B1TS
     if visible is None:
         visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q_BTHE.device).tril(num_keys - num_queries)
