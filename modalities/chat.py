@@ -19,11 +19,10 @@ import jinja2.meta
 import jinja2.sandbox
 import numpy as np
 from jinja2 import nodes
-from tokenizers import Tokenizer
 
 from modalities import files, pbin
 from modalities.fields import Reject
-from modalities.tokenizer import read_spec
+from modalities.tokenizer import build, read_spec
 
 TOKEN_NAMES = {f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")}
 
@@ -221,7 +220,7 @@ def pack_chats(
     # The mask is named first: tokens that lay there without one would all be trained on.
     with files.all_or_none([mask, out]) as parts, ExitStack() as stack:
         spec = read_spec(tokenizer_path, eod)
-        tokenizer = Tokenizer.from_str(spec.json)
+        tokenizer = build(spec)
         # It may take the blanks off the offsets (Llama 3's does): one that is all blanks would never be learnt.
         tokenizer.post_processor = None
         for name, token in template.tokens.items():

@@ -4,11 +4,13 @@ Threads encode chunks, for the engines leave Python's lock alone; the main threa
 of the input. So the file is the same for any number of threads and ranks, and an interrupted run goes on where it was.
 """
 
+import ctypes
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import orjson
@@ -39,6 +41,8 @@ from modalities.parts import Counts, Done, Writer, finished, join
 from modalities.sources import Chunk, Source
 
 USE_TOKENIZERS = "use_tokenizers"  # lies in the folder once a rank has seen the engines differ
+TOKENS_PER_THREAD = 1 << 24
+"""How many tokens a thread makes, about, before another takes its place."""
 
 
 def pack(sources: Sequence[Source], out: Path, config: PackConfig, say: Callable[[str], None]) -> Account | None:
@@ -98,6 +102,38 @@ def pack_share(job: Job, chosen: str, say: Callable[[str], None]) -> tuple[str, 
 # ----------------------------------------------------------------------------------------------------------------- work
 
 
+class Encoders:
+    """Threads that encode, each replaced after a while: a context around their work.
+
+    fastokens keeps the words that each thread has met, and lets go of them only when the thread ends. So memory does
+    not grow with the corpus; to meet the commonest words again costs little.
+    """
+
+    def __init__(self, encode: Callable[[Chunk], Encoded], num_threads: int) -> None:
+        self.encode, self.num_threads, self.tokens = encode, num_threads, 0
+        self.pool = ThreadPoolExecutor(num_threads, "encode")
+
+    def __enter__(self) -> "Encoders":
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+    def submit(self, chunk: Chunk) -> Future[Encoded]:
+        if self.tokens > TOKENS_PER_THREAD * self.num_threads:
+            self.pool.shutdown()
+            give_back_freed()
+            self.pool, self.tokens = ThreadPoolExecutor(self.num_threads, "encode"), 0
+        return self.pool.submit(self.encode, chunk)
+
+
+def give_back_freed() -> None:
+    """Give freed memory back to the system: glibc keeps what lies scattered, and would take as much again."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # which glibc alone has
+    if trim is not None:
+        trim(0)
+
+
 Reading = tuple[Portion, Chunk | None, Future[Encoded] | None]
 
 
@@ -110,29 +146,27 @@ def pack_portions(job: Job, engine: str, portions: Sequence[Portion]) -> None:
     size = sum(portion.num_bytes for portion in portions)
     bar = tqdm(total=size, desc=job.out.name, unit="B", unit_scale=True, disable=None, leave=False)
     stem = job.folder / f"{ranks.rank()}.{engine}"
-    with Writer(stem) as writer, bar, ThreadPoolExecutor(job.config.num_threads, "encode") as pool:
+    with Writer(stem) as writer, bar, Encoders(encode, job.config.num_threads) as encoders:
 
         def take() -> None:
             portion, chunk, encoded = waiting.popleft()
             if encoded is not None:
-                write(job, writer, portion, chunk, encoded.result())
+                result = encoded.result()
+                encoders.tokens += len(result.tokens)
+                write(job, writer, portion, chunk, result)
                 return
             writer.finish(portion.number)
             bar.update(portion.num_bytes)
             if engine != "tokenizers" and switch.exists():
                 raise EnginesDiffer("fastokens gives other ids than tokenizers on another rank")
 
-        try:
-            for reading in read(portions, lambda chunk: pool.submit(encode, chunk)):
-                waiting.append(reading)
-                # Bounded: whatever is read and not written lies in memory.
-                while len(waiting) > 2 * job.config.num_threads:
-                    take()
-            while waiting:
+        for reading in read(portions, encoders.submit):
+            waiting.append(reading)
+            # Bounded: whatever is read and not written lies in memory.
+            while len(waiting) > 2 * job.config.num_threads:
                 take()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        while waiting:
+            take()
 
 
 def read(portions: Sequence[Portion], submit: Callable[[Chunk], Future[Encoded]]) -> Iterator[Reading]:

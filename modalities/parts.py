@@ -10,6 +10,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -97,11 +98,15 @@ def read_journal(stem: Path) -> list[Done]:
 
 
 class Writer:
-    """Appends portions to the files of one process; a context around its work."""
+    """Appends portions to the files of one process; a context around its work.
+
+    A thread of its own waits for the disk, so that whoever appends need not.
+    """
 
     def __init__(self, stem: Path) -> None:
         self.stem = stem
         self.counts = Counts()
+        self.syncing: Future[None] | None = None
         with contextlib.ExitStack() as stack:
             for kind in FILES:
                 path_of(stem, kind).touch()
@@ -119,13 +124,16 @@ class Writer:
                 self.files["journal"].readline()
             for kind, file in self.files.items():
                 file.truncate(file.seek(start.get(kind, file.tell())))
+            self.syncer = stack.enter_context(ThreadPoolExecutor(1, "sync"))
             self.stack = stack.pop_all()
 
     def __enter__(self) -> "Writer":
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self.stack.close()
+        with self.stack:
+            if self.syncing is not None:
+                self.syncing.result()
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray, skipped: bytes, counts: Counts) -> None:
         """Append documents, flat `tokens` [N] in the dtype of the file and `lengths` int64 [D], and skipped ones."""
@@ -135,35 +143,58 @@ class Writer:
         self.counts.add(counts)
 
     def finish(self, portion: int) -> None:
-        """Enter what was added since the last call as `portion`."""
+        """Enter what was added since the last call as `portion`, as soon as it is on the disk.
+
+        `OSError` if that of the call before could not be written; leaving the context raises that of the last.
+        """
         end = {kind: self.files[kind].tell() for kind in self.begin}
         entry = {"portion": portion, "begin": self.begin, "end": end, "counts": vars(self.counts)}
-        self.files["journal"].write(json.dumps(entry).encode() + b"\n")
-        for file in self.files.values():  # the journal last
-            file.flush()
-            os.fsync(file.fileno())
+        for kind in self.begin:
+            self.files[kind].flush()
+        if self.syncing is not None:
+            self.syncing.result()
+        self.syncing = self.syncer.submit(self._enter, json.dumps(entry).encode() + b"\n")
         self.begin, self.counts = end, Counts()
+
+    def _enter(self, entry: bytes) -> None:
+        for kind in self.begin:
+            os.fsync(self.files[kind].fileno())
+        journal = self.files["journal"]
+        journal.write(entry)
+        journal.flush()
+        os.fsync(journal.fileno())
 
 
 def join(done: Sequence[Done], part: Path, out: Path, itemsize: int) -> None:
     """Make the portions `done`, in this order, the `.pbin` at `out`; `part`: where to write it, on the same disk."""
     num_bytes = sum(entry.num_bytes("tokens") for entry in done)
-    ends = [HEADER.size, *(entry.end["tokens"] for entry in done)]
-    if all(e.stem == done[0].stem and e.begin["tokens"] == end for e, end in zip(done, ends, strict=False)):
-        part = path_of(done[0].stem, "tokens")  # they lie in order already
+    there = _in_place(done)
+    if there:
+        part = path_of(done[0].stem, "tokens")
     else:
-        with part.open("wb") as file:
-            file.write(bytes(HEADER.size))
-            for entry in done:
-                with entry.open("tokens") as source:
-                    copy(source, file, entry.num_bytes("tokens"))
+        part.touch()
     with part.open("r+b", buffering=COPY_BYTES) as file:
+        file.truncate(file.seek(done[there - 1].end["tokens"] if there else HEADER.size))
+        for entry in done[there:]:
+            with entry.open("tokens") as source:
+                copy(source, file, entry.num_bytes("tokens"))
         pbin.finish_pbin(file, num_bytes, itemsize, _lengths(done))
         file.flush()
         os.fsync(file.fileno())
     pbin.refuse_existing(out)
     part.rename(out)
     pbin.fsync(out.parent)
+
+
+def _in_place(done: Sequence[Done]) -> int:
+    """How many portions lie in order at the beginning of a file that holds no others, and so need not be copied."""
+    stem, end, count = done[0].stem, HEADER.size, 0
+    for entry in done:
+        if entry.stem != stem or entry.begin["tokens"] != end:
+            break
+        end, count = entry.end["tokens"], count + 1
+    # What its journal tells of must stay until the end, for a crash may come first.
+    return count if read_journal(stem)[-1].end["tokens"] == end else 0
 
 
 def copy(source: BinaryIO, target: BinaryIO, num_bytes: int) -> None:

@@ -51,27 +51,38 @@ class Spec:
         """Of a token in a file."""
         return np.dtype(f"<u{pbin.token_size(self.vocab_size)}")
 
-    @property
-    def eod_bytes(self) -> bytes:
-        """The end-of-document token in a file."""
-        return self.eod_id.to_bytes(self.dtype.itemsize, "little")
-
 
 def read_spec(path: Path, eod: str) -> Spec:
-    """Read and check `path`; `ValueError` if it is no tokenizer, or has no token `eod`."""
-    tokenizer = load(path)
-    eod_id = tokenizer.token_to_id(eod)
-    if eod_id is None:
-        added = sorted(token.content for token in tokenizer.get_added_tokens_decoder().values())
-        has = f"it has {', '.join(added[:8])}" if added else "it has no special tokens"
+    """Read and check `path`; `ValueError` if it is no tokenizer, or has no token `eod`.
+
+    Its JSON alone is read, for an engine takes longer to load, and complains of the rest when it does.
+    """
+    content = _read(path)
+    try:
+        spec = orjson.loads(content) | {"truncation": None, "padding": None}
+        added = {token["content"]: token for token in spec.get("added_tokens") or []}
+        vocab = _vocabulary(spec["model"]["vocab"], added)
+        vocab_size = max(vocab.values()) + 1
+        for name, token in added.items():
+            # A special token spelled out in a text is text, unless asked for; an end of document above all.
+            token |= {"id": vocab[name], "special": token["special"] or name == eod}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        what = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{path} is not a tokenizer.json: {what}") from None
+    if eod not in vocab:
+        has = f"it has {', '.join(sorted(added)[:8])}" if added else "it has no special tokens"
         raise ValueError(f"{path} has no token {eod!r} to end documents with; choose one with --eod ({has})")
-    content = path.read_bytes()
-    spec = orjson.loads(content) | {"truncation": None, "padding": None}
-    for token in spec.get("added_tokens", []):
-        # A special token spelled out in a text is text, unless asked for; an end of document above all.
-        token["special"] = token["special"] or token["content"] == eod
-    vocab_size = max(tokenizer.get_vocab().values()) + 1
-    return Spec(path, hashlib.sha256(content).hexdigest(), orjson.dumps(spec).decode(), eod, eod_id, vocab_size)
+    sha256 = hashlib.sha256(content).hexdigest()
+    return Spec(path, sha256, orjson.dumps(spec).decode(), eod, vocab[eod], vocab_size)
+
+
+def _vocabulary(model: dict[str, int] | list[tuple[str, float]], added: Iterable[str]) -> dict[str, int]:
+    """Every token's id, as `tokenizers` gives them: it counts the added ones itself, whatever ids the file states."""
+    vocab = dict(model) if isinstance(model, dict) else {piece: i for i, (piece, _) in enumerate(model)}
+    count, largest = len(vocab), -1
+    for token in added:
+        largest = max(largest, vocab.setdefault(token, max(count, largest + 1)))
+    return vocab
 
 
 def token_id(path: Path, token: str) -> int:
@@ -84,14 +95,27 @@ def token_id(path: Path, token: str) -> int:
 
 def load(path: Path) -> Any:
     """The `tokenizers.Tokenizer` at `path`; `ValueError` if it is none."""
+    return _build(path, _read(path))
+
+
+def build(spec: Spec) -> Any:
+    """The `tokenizers.Tokenizer` of a spec; `ValueError` if it is none."""
+    return _build(spec.path, spec.json.encode())
+
+
+def _build(path: Path, content: bytes) -> Any:
     from tokenizers import Tokenizer
 
-    if not path.is_file():
-        raise ValueError(f"tokenizer {path} {'is a folder' if path.is_dir() else 'is missing'}; give a tokenizer.json")
     try:
-        return Tokenizer.from_buffer(path.read_bytes())
+        return Tokenizer.from_buffer(content)
     except Exception as error:  # what tokenizers raises is a bare Exception
         raise ValueError(f"{path} is not a tokenizer.json: {error}") from None
+
+
+def _read(path: Path) -> bytes:
+    if not path.is_file():
+        raise ValueError(f"tokenizer {path} {'is a folder' if path.is_dir() else 'is missing'}; give a tokenizer.json")
+    return path.read_bytes()
 
 
 # -------------------------------------------------------------------------------------------------------------- engines
@@ -102,9 +126,7 @@ def tokenizers_engine(spec: Spec, special: SpecialTokens) -> Engine:
     """Hugging Face's `tokenizers`, in the thread that calls it."""
     # Its own threads would compete with the callers'. It reads this when it encodes.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_str(spec.json)
+    tokenizer = build(spec)
     tokenizer.encode_special_tokens = special == "text"
 
     def encode(texts: Sequence[str]) -> Ids:
@@ -147,12 +169,8 @@ def _ended(tokens: np.ndarray, bounds: np.ndarray, spec: Spec) -> Ids:
     lengths = np.diff(bounds)
     lacking = lengths > 0
     lacking[lacking] = tokens[bounds[1:][lacking] - 1] != spec.eod_id
-    data, pieces, begin = tokens.astype(spec.dtype).view(np.uint8).data, list[bytes | memoryview](), 0
-    for end in (bounds[1:][lacking] * spec.dtype.itemsize).tolist():
-        pieces += data[begin:end], spec.eod_bytes
-        begin = end
-    # Joined as bytes: numpy's insert takes twice as long.
-    return Ids(np.frombuffer(b"".join((*pieces, data[begin:])), spec.dtype), lengths + lacking)
+    ended = np.insert(tokens.astype(spec.dtype), bounds[1:][lacking], spec.eod_id)
+    return Ids(ended, lengths + lacking)
 
 
 def disagreement(engine: Engine, reference: Engine, texts: Sequence[str]) -> int | None:

@@ -5,6 +5,7 @@ import gzip
 import inspect
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -316,6 +317,34 @@ def test_a_line_of_100_megabytes(bpe: Path, tmp_path: Path) -> None:
     assert len(document) == len(one) + (times - 1) * period
     assert document[: len(one) - 1].tolist() == one[:-1]
     assert np.array_equal(document[period:-1], document[: -1 - period])
+
+
+LEAST = """
+import sys
+from pathlib import Path
+from modalities import pack
+from modalities.encode import PackConfig
+from modalities.sources import find_sources
+docs, out, tokenizer, pack.TOKENS_PER_THREAD = *map(Path, sys.argv[1:4]), int(sys.argv[4])
+pack.pack(find_sources([docs]), out, PackConfig(tokenizer=tokenizer, engine="fastokens", threads=1), print)
+peak, = (line for line in open("/proc/self/status") if line.startswith("VmHWM"))  # getrusage's may be the parent's
+print(int(peak.split()[1]) // 1024)
+"""
+
+
+def test_threads_that_are_replaced_let_go_of_the_words_that_they_met(bpe: Path, tmp_path: Path) -> None:
+    numbers = random.Random(0)
+    write_docs(
+        tmp_path / "a.jsonl", [" ".join(f"{numbers.getrandbits(40):x}" for _ in range(1000)) for _ in range(1500)]
+    )
+    peaks, packed = [], []
+    for tokens in (1 << 30, 1 << 19):
+        out = tmp_path / f"{tokens}.pbin"
+        command = [sys.executable, "-c", LEAST, str(tmp_path / "a.jsonl"), str(out), str(bpe), f"{tokens}"]
+        peaks.append(int(subprocess.run(command, check=True, capture_output=True).stdout.split()[-1]))
+        packed.append(out.read_bytes())
+    assert packed[0] == packed[1]
+    assert peaks[0] - peaks[1] > 10, f"one thread for all took {peaks[0]} MiB, several in turn {peaks[1]}"
 
 
 # --------------------------------------------------------------------------------------------------------- interruption

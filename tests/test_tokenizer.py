@@ -88,6 +88,28 @@ def test_what_a_spec_tells(bpe: Path, tmp_path: Path) -> None:
     assert (gaps.eod_id, gaps.vocab_size) == (70_000, 70_001), "the largest id + 1, not the count"
 
 
+def test_ids_are_those_of_the_reference_whatever_the_file_states(tmp_path: Path) -> None:
+    added = [{"id": id_, "content": token, "special": True} for id_, token in [(100, "<x>"), (50, "<eod>"), (7, "a")]]
+    same = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    stated = write_words(tmp_path / "stated.json", {"a": 0, "b": 1}, added_tokens=[token | same for token in added])
+    unigram = Tokenizer(models.Unigram([("a", -1.0), ("<unk>", -9.0), ("b", -1.0)], unk_id=1))
+    unigram.add_special_tokens(["<x>", "<eod>"])
+    unigram.save(str(tmp_path / "unigram.json"))
+    for path, size, end in [(stated, 4, 3), (tmp_path / "unigram.json", 5, 4)]:
+        spec = read_spec(path, "<eod>")
+        assert (spec.vocab_size, spec.eod_id) == (size, end)
+        assert Tokenizer.from_file(str(path)).get_vocab()["<eod>"] == end
+    for encode in engines(stated, eod="<eod>", special="parse"):
+        assert documents(encode(["a b", "<x>"])) == [[0, 1, 3], [2, 3]]
+
+
+def test_what_only_an_engine_sees_is_told_all_the_same(tmp_path: Path) -> None:
+    path = write_words(tmp_path / "t.json", {"a": 0, "<eod>": 1}, model={"type": "none", "vocab": {"<eod>": 0}})
+    for make in (tokenizers_engine, fastokens_engine):
+        with pytest.raises(ValueError, match=r"t\.json"):
+            make(read_spec(path, "<eod>"), "text")
+
+
 def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:
     good = write_words(tmp_path / "good.json", {"a": 0, "<eod>": 1}).read_bytes()
     for content in [b"", b"{}", b"[]", b"null", b"{", b"\xff", b'{"model": {}}', good[:-1], good + b"x", bytes(9)]:
