@@ -12,6 +12,9 @@ from typing import Any
 import torch
 import torch._functorch.config
 
+# The compiler orders a program to need little memory, but goes by size alone, and puts what only the end needs first.
+# Where all that could come next is larger than this, it takes what is needed first.
+LARGE_BYTES = 2**25
 # The compiler's own limits to what it computes anew in a backward pass, although it could; in all it spares products,
 # attention and reductions.
 LIMITS = {"ban_recompute_used_far_apart", "ban_recompute_long_fusible_chains", "ban_recompute_materialized_backward"}
@@ -23,6 +26,8 @@ def compiled(function: Callable[..., Any], mode: str = "default", recompute: boo
     `recompute`: its backward pass computes anew whatever can be fused into what needs it, and only the rest is kept.
     """
     use_cache()
+    import torch._inductor.config  # which takes two seconds, and is needed only now
+
     # A copy of its code, for PyTorch keeps eight programs for a piece of *code*, which all closures of one line share:
     # the ninth model of a process would fail.
     own = types.FunctionType(
@@ -33,6 +38,9 @@ def compiled(function: Callable[..., Any], mode: str = "default", recompute: boo
     # Or a step with the chunked loss would be traced anew at each start, for it has an autograd.Function.
     if hasattr(torch._functorch.config, "autograd_cache_allow_custom_autograd_functions"):
         torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
+    # What a torch of another version has not, it does without.
+    if hasattr(torch._inductor.config, "size_threshold_for_succ_based_strategy"):
+        torch._inductor.config.size_threshold_for_succ_based_strategy = LARGE_BYTES
     program = torch.compile(own, fullgraph=True, dynamic=False, mode=mode)
     if not recompute:
         return program

@@ -72,6 +72,7 @@ def linear_cross_entropy(
     softcap: float = 0.0,
     num_targets: Tensor | float = 1.0,
     compile: bool = False,
+    master_VD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the logits `hidden @ weight.T`: (loss [] to be minimised, -log p(target) [B, T], detached).
 
@@ -80,6 +81,7 @@ def linear_cross_entropy(
     The weight's rows from `vocab_size` on are padding and take no part. `softcap` c: c · tanh(logits / c), 0 for none.
     `compile`: compile what is done with a chunk, although the caller is not compiled. Where the weight is a DTensor,
     its rows split among ranks that have the same hidden states, each has the logits of its own words alone.
+    `master`: what the weight was cast from; chunked, the gradient is made for it instead, which takes less time.
     """
     first_word, group = 0, ""
     if isinstance(weight_VD, DTensor):
@@ -99,7 +101,7 @@ def linear_cross_entropy(
         chunk_tokens = len(targets_N) if plain else config.chunk_tokens
         options = (chunk_tokens, torch.is_grad_enabled(), compile or torch.compiler.is_compiling())
         words = (vocab_size, first_word, group)
-        loss, nll_N, _, _ = _Chunked.apply(hidden_ND, weight_VD, targets_N, scale, *terms, *words, *options)
+        loss, nll_N, _, _ = _Chunked.apply(hidden_ND, weight_VD, master_VD, targets_N, scale, *terms, *words, *options)
     return loss, nll_N.view(targets_BT.shape)
 
 
@@ -126,10 +128,10 @@ def _plain(
 
 # ---------------------------------------------------------------------------------------------------------- in chunks
 #
-# Two passes over the logits. The first takes some tokens and the whole vocabulary: it has their loss, and one product
-# for the gradient of their hidden states. The second takes all tokens and some of the vocabulary, and has one product
-# for the gradient of these rows of the weight. The logits are computed twice, but every gradient is one product,
-# rounded once: no chunk's share of the weight's gradient is ever rounded and added, and no fp32 copy of it is kept.
+# A chunk is some tokens and the whole vocabulary: it has their loss, one product for the gradient of their hidden
+# states, and one for their share of the weight's gradient. Shares are added up in fp32. To a weight of 16 bits that
+# gradient would then be rounded twice, so it gets a second pass, which takes all tokens and some of the vocabulary: the
+# logits are computed twice, but the gradient of these rows of the weight is one product, rounded once.
 
 
 def token_chunk_(
@@ -265,8 +267,9 @@ def row_blocks(logits: Tensor, compile: bool) -> list[slice]:
 # An operator of its own, for compiling would unroll the loops, and fuse chunks until all logits exist at once.
 torch.library.define(
     "modalities::linear_cross_entropy",
-    "(Tensor hidden_ND, Tensor weight_VD, Tensor targets_N, Tensor scale, float softcap, float smoothing, float z, "
-    "int vocab_size, int first_word, str group, int chunk_tokens, bool with_grads, bool compile) "
+    "(Tensor hidden_ND, Tensor weight_VD, Tensor? master_VD, Tensor targets_N, Tensor scale, float softcap, "
+    "float smoothing, float z, int vocab_size, int first_word, str group, int chunk_tokens, bool with_grads, "
+    "bool compile) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.impl("modalities::linear_cross_entropy", "Autograd")(torch.library.fallthrough_kernel)
@@ -275,6 +278,7 @@ torch.library.impl("modalities::linear_cross_entropy", "Autograd")(torch.library
 def _in_chunks(
     hidden_ND: Tensor,
     weight_VD: Tensor,
+    master_VD: Tensor | None,
     targets_N: Tensor,
     scale: Tensor,
     softcap: float,
@@ -289,7 +293,8 @@ def _in_chunks(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss [], -log p(target) [N], gradients of hidden [N, D] and weight [V, D], which are empty without grads).
 
-    With a `group` the weight's rows are the words from `first_word` on, and the hidden states' gradient is theirs.
+    The weight's is in the dtype of `master`, if that is given. With a `group` the weight's rows are the words from
+    `first_word` on, and the hidden states' gradient is theirs.
     """
     num_tokens = len(hidden_ND)
     chunk_tokens = min(chunk_tokens, num_tokens)
@@ -298,13 +303,12 @@ def _in_chunks(
         chunk_ = partial(
             _shared_token_chunk_, vocab_size=vocab_size, first_word=first_word, group=group, compile=compile
         )
-    logits_to_grads_ = maybe_compiled(_logits_to_grads_, compile)
-
     scale_N = torch.where(targets_N != IGNORED, scale, 0)
     loss_N, nll_N, max_N, sum_N = (torch.empty_like(scale_N) for _ in range(4))
-    hidden_grad_ND, weight_grad_VD = (torch.empty_like(x if with_grads else x[:0]) for x in (hidden_ND, weight_VD))
+    hidden_grad_ND, weight_grad_VD = _empty_grads(hidden_ND, weight_VD, master_VD, with_grads)
     num_words = min(len(weight_VD), vocab_size - first_word)
     weight_grad_VD[num_words:] = 0
+    adds_up = weight_grad_VD.dtype == scale.dtype
     weight_VD = weight_VD[:num_words]
     # One buffer for all logits: fresh memory for each chunk would cost more than what is done with it.
     logits = hidden_ND.new_empty(chunk_tokens * num_words)
@@ -321,19 +325,57 @@ def _in_chunks(
         if with_grads:
             # Transposed, which oneDNN has ready in two thirds of the time.
             hidden_grad_ND[chunk] = torch.mm(weight_VD.T, logits_NV.T).T
-    chunk_vocab = max(1, len(logits) // max(num_tokens, 1))
-    of_tokens = (targets_N.to(torch.int32), max_N, sum_N, scale_N)
-    for first in range(0, num_words if with_grads else 0, chunk_vocab):
-        chunk = slice(first, min(first + chunk_vocab, num_words))
+            if adds_up:
+                _add_product_(weight_grad_VD[:num_words], logits_NV, hidden, is_first=first == 0)
+    if with_grads and not adds_up:
+        of_tokens = (targets_N.to(torch.int32), max_N, sum_N, scale_N)
+        terms = (vocab_size, softcap, smoothing, z)
+        _weight_gradient(
+            weight_grad_VD[:num_words], weight_VD, hidden_ND, logits, of_tokens, first_word, terms, compile
+        )
+    return loss_N.sum() * scale, nll_N, hidden_grad_ND, weight_grad_VD
+
+
+def _empty_grads(
+    hidden_ND: Tensor, weight_VD: Tensor, master_VD: Tensor | None, with_grads: bool
+) -> tuple[Tensor, Tensor]:
+    of = (hidden_ND, weight_VD if master_VD is None else master_VD)
+    hidden_grad_ND, weight_grad_VD = (torch.empty_like(x if with_grads else x[:0]) for x in of)
+    return hidden_grad_ND, weight_grad_VD
+
+
+def _add_product_(sum_VD: Tensor, grads_NV: Tensor, hidden_ND: Tensor, is_first: bool) -> None:
+    """Add gradsᵀ · hidden to the sum, or put it there as the first of what is added up."""
+    # Some rows at a time, for as long as a CPU's cache has their product at hand.
+    words = 2048 if sum_VD.device.type == "cpu" else len(sum_VD)
+    for first in range(0, len(sum_VD), words):
+        rows = slice(first, first + words)
+        share_VD = torch.mm(grads_NV[:, rows].T, hidden_ND)
+        sum_VD[rows].copy_(share_VD) if is_first else sum_VD[rows].add_(share_VD)
+
+
+def _weight_gradient(
+    grads_VD: Tensor,
+    weight_VD: Tensor,
+    hidden_ND: Tensor,
+    logits: Tensor,
+    of_tokens: tuple[Tensor, ...],
+    first_word: int,
+    terms: tuple[int, float, float, float],
+    compile: bool,
+) -> None:
+    """Fill the weight's gradient; `logits` is memory for those of some words, which are computed once more."""
+    chunk_words = max(1, len(logits) // len(hidden_ND))
+    for first in range(0, len(weight_VD), chunk_words):
+        chunk = slice(first, min(first + chunk_words, len(weight_VD)))
         weight = weight_VD[chunk]
-        # A row for each word, again for the products: this one takes half the time of one from a row for each token.
-        logits_VN = logits[: num_tokens * len(weight)].view(len(weight), num_tokens)
+        # A row for each word: the product takes half the time of one from a row for each token.
+        logits_VN = logits[: len(hidden_ND) * len(weight)].view(len(weight), len(hidden_ND))
         torch.mm(weight, hidden_ND.T, out=logits_VN)
         words_V1 = torch.arange(chunk.start, chunk.stop, device=logits.device, dtype=torch.int32)[:, None] + first_word
         for rows in row_blocks(logits_VN, compile):
-            logits_to_grads_(logits_VN[rows], words_V1[rows], *of_tokens, vocab_size, softcap, smoothing, z)
-        torch.mm(logits_VN, hidden_ND, out=weight_grad_VD[chunk])
-    return loss_N.sum() * scale, nll_N, hidden_grad_ND, weight_grad_VD
+            maybe_compiled(_logits_to_grads_, compile)(logits_VN[rows], words_V1[rows], *of_tokens, *terms)
+        torch.mm(logits_VN, hidden_ND, out=grads_VD[chunk])
 
 
 torch.library.impl("modalities::linear_cross_entropy", "CompositeExplicitAutograd", _in_chunks)
@@ -341,11 +383,10 @@ torch.library.impl("modalities::linear_cross_entropy", "CompositeExplicitAutogra
 
 @torch.library.register_fake("modalities::linear_cross_entropy")
 def _shapes(
-    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, scale: Tensor, *options: Any
+    hidden_ND: Tensor, weight_VD: Tensor, master_VD: Tensor | None, targets_N: Tensor, scale: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    with_grads = options[-2]
-    hidden_grad_ND, weight_grad_VD = (torch.empty_like(x if with_grads else x[:0]) for x in (hidden_ND, weight_VD))
-    return torch.empty_like(scale), scale.new_empty(len(targets_N)), hidden_grad_ND, weight_grad_VD
+    grads = _empty_grads(hidden_ND, weight_VD, master_VD, with_grads=options[-2])
+    return torch.empty_like(scale), scale.new_empty(len(targets_N)), *grads
 
 
 class _Chunked(torch.autograd.Function):
@@ -353,22 +394,24 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, scale: Tensor, *options: Any
+        hidden_ND: Tensor, weight_VD: Tensor, master_VD: Tensor | None, *rest: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return torch.ops.modalities.linear_cross_entropy(hidden_ND, weight_VD, targets_N, scale, *options)
+        return torch.ops.modalities.linear_cross_entropy(hidden_ND, weight_VD, master_VD, *rest)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
         _, nll_N, hidden_grad_ND, weight_grad_VD = output
         ctx.mark_non_differentiable(nll_N, hidden_grad_ND, weight_grad_VD)
         ctx.save_for_backward(hidden_grad_ND, weight_grad_VD)
+        ctx.of_master, ctx.num_inputs = inputs[2] is not None, len(inputs)
 
     @staticmethod
     def backward(ctx: Any, loss_grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         hidden_grad_ND, weight_grad_VD = ctx.saved_tensors
         # A scalar leaves the dtype as it is.
-        grads = (hidden_grad_ND * loss_grad, weight_grad_VD * loss_grad)
-        return *grads, *(None for _ in range(11))
+        of_weight = (weight_grad_VD * loss_grad, None)
+        of_weight = of_weight[::-1] if ctx.of_master else of_weight
+        return hidden_grad_ND * loss_grad, *of_weight, *(None for _ in range(ctx.num_inputs - 3))
 
 
 # ------------------------------------------------------------------------------------------------------------- sources

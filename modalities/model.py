@@ -317,6 +317,11 @@ class Transformer(nn.Module):
         hidden_BTD = mup.scaled(self.final_norm(x_BTD), mup.output_multiple(config))
         return (head or self.logits)(hidden_BTD, weight_VD)
 
+    @property
+    def head_weight(self) -> str:
+        """The name of the head's weight."""
+        return "embed.weight" if self.config.tied else "head.weight"
+
     def logits(self, hidden_BTD: Tensor, weight_VD: Tensor) -> Tensor:
         """Logits [B, T, vocab_size]. The padding's are left out, for no other tool would count them."""
         logits_BTV = F.linear(hidden_BTD, weight_VD)[..., : self.config.vocab_size]

@@ -139,7 +139,10 @@ def make_loss_fn(
             of_head = (
                 hidden_BTD, weight_VD, targets_BT, loss, vocab_size, softcap, batch["num_targets"], compile_head
             )  # fmt: skip
-            return head_loss(*of_head, batch) if head_loss else (*linear_cross_entropy(*of_head), {})
+            if head_loss:
+                return head_loss(*of_head, batch)
+            master_VD = None if isinstance(model, FSDPModule) else params[model.head_weight]
+            return *linear_cross_entropy(*of_head, master_VD), {}
 
         inputs = (batch["inputs"], train, batch.get("positions"), batch.get("documents"))
         value, nll_BT, aux = apply(model, weights, *inputs, head=head)

@@ -126,6 +126,48 @@ def test_chunks_are_as_near_to_float64_as_the_plain_form(dtype: torch.dtype, spr
     assert max(errors["chunked"]) < (2e-2 if dtype == torch.bfloat16 else 1e-5), errors
 
 
+@compilable
+@pytest.mark.parametrize("implementation", ["plain", "chunked"])
+def test_the_gradient_of_the_weight_that_another_was_cast_from(
+    implementation: Literal["plain", "chunked"], compile: bool
+) -> None:
+    hidden_BTD, master_VD, targets_BT = inputs(torch.float32)
+    hidden_BTD = hidden_BTD.bfloat16()
+
+    def loss_fn(hidden_BTD: Tensor, master_VD: Tensor) -> Tensor:
+        weight_VD = master_VD.bfloat16()
+        terms = (targets_BT, config(implementation, 0.1, 1e-2), V, 3.0, 77.0)
+        # Twice, for a lookup of words has a gradient for the weight, too.
+        value, _ = linear_cross_entropy(hidden_BTD + weight_VD[:T], weight_VD, *terms, master_VD=master_VD)
+        return value
+
+    grad_fn = torch.func.grad_and_value(loss_fn, argnums=(0, 1))
+    (_, grad_VD), value = (torch.compile(grad_fn, fullgraph=True, dynamic=False) if compile else grad_fn)(
+        hidden_BTD, master_VD
+    )
+    weight_VD = master_VD.bfloat16().double().requires_grad_()
+    hidden = (hidden_BTD + weight_VD[:T].detach().bfloat16()).double() + weight_VD[:T] - weight_VD[:T].detach()
+    expected = linear_cross_entropy(hidden, weight_VD, targets_BT, config("plain", 0.1, 1e-2), V, 3.0, 77.0)[0]
+    (expected_VD,) = torch.autograd.grad(expected, weight_VD)
+    assert grad_VD.dtype == torch.float32
+    assert float((grad_VD.double() - expected_VD).norm() / expected_VD.norm()) < 6e-3
+    torch.testing.assert_close(value.double(), expected.detach(), rtol=2e-3, atol=0)
+
+
+def test_the_gradient_of_a_master_weight_is_nearer_to_float64() -> None:
+    hidden_BTD, weight_VD, targets_BT = inputs(torch.bfloat16)
+    expected = reference(hidden_BTD, weight_VD, targets_BT, 0.0, 0.0, 0.0)[1]
+    errors = []
+    for master_VD in (None, weight_VD.float()):
+        of = weight_VD if master_VD is None else master_VD
+        of.requires_grad_()
+        terms = (targets_BT, config("chunked"), V, 0.0, 77.0, False, master_VD)
+        value, _ = linear_cross_entropy(hidden_BTD, weight_VD.detach() if of is not weight_VD else of, *terms)
+        (grad,) = torch.autograd.grad(value, of)
+        errors.append(float((grad.double() - expected).norm() / expected.norm()))
+    assert errors[1] < errors[0], errors
+
+
 @pytest.mark.parametrize("implementation", ["plain", "chunked"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_equal_to_pytorchs_own(implementation: Literal["plain", "chunked"], smoothing: float) -> None:
@@ -199,7 +241,8 @@ def test_only_the_plain_form_has_all_logits() -> None:
     with Largest() as plain:
         linear_cross_entropy(hidden_ND, weight_VD, targets_N, config("plain"), 1000)
     with Largest() as chunked:  # which the operator would hide
-        loss._in_chunks(hidden_ND, weight_VD, targets_N, torch.ones(()), 0.0, 0.0, 0.0, 1000, 0, "", 32, True, False)
+        terms = (0.0, 0.0, 0.0, 1000, 0, "", 32, True, False)
+        loss._in_chunks(hidden_ND, weight_VD, None, targets_N, torch.ones(()), *terms)
     assert (plain.numel, chunked.numel) == (512 * 1000, 32 * 1000)
 
 
