@@ -2,9 +2,10 @@
 
     python benchmarks/loss.py [--tokens 4096 --width 512 --vocab 50304 --chunk-tokens 512 --repeats 7]
 
-Hidden states and the head's weight in bf16, on a GPU if there is one. Every figure is of a process of its own, after a
-first call that compiles; the contestants take turns. Memory is the peak of a call beyond what the process had before it
-(libraries, code, hidden states, weight) and beyond the gradients that it returns.
+Hidden states in bf16, and the head's weight in fp32 and cast within, as in a step of one process; "sharded" stands for
+a weight that is in bf16 already, as FSDP2 hands it over. On a GPU if there is one. Every figure is of a process of its
+own, after a first call that compiles; the contestants take turns. Memory is the peak of a call beyond what the process
+had before it (libraries, code, hidden states, weight) and beyond the gradients that it returns.
 """
 
 import ctypes
@@ -19,7 +20,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-CONTESTANTS = ("plain compiled", "chunked compiled", "plain eager", "chunked eager")
+CONTESTANTS = (
+    "plain compiled", "chunked compiled", "plain eager", "chunked eager", "plain compiled sharded",
+    "chunked compiled sharded",
+)  # fmt: skip
 
 
 def contest(name: str, tokens: int, width: int, vocab: int, chunk_tokens: int, calls: int) -> None:
@@ -29,16 +33,18 @@ def contest(name: str, tokens: int, width: int, vocab: int, chunk_tokens: int, c
 
     from modalities.loss import LossConfig, linear_cross_entropy
 
-    implementation, mode = name.split()
+    implementation, mode, *sharded = name.split()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     hidden_BTD = torch.randn(1, tokens, width).to(device, torch.bfloat16)
-    weight_VD = (torch.randn(vocab, width) * 0.02).to(device, torch.bfloat16)
+    weight_VD = (torch.randn(vocab, width) * 0.02).to(device, torch.bfloat16 if sharded else torch.float32)
     targets_BT = torch.randint(vocab, (1, tokens)).to(device)
     config = LossConfig(implementation=implementation, chunk_tokens=chunk_tokens)  # type: ignore[arg-type]
 
     def loss_fn(hidden_BTD: Tensor, weight_VD: Tensor) -> Tensor:
-        return linear_cross_entropy(hidden_BTD, weight_VD, targets_BT, config, vocab, num_targets=float(tokens))[0]
+        terms = (targets_BT, config, vocab, 0.0, float(tokens), False)
+        master_VD = None if sharded else weight_VD
+        return linear_cross_entropy(hidden_BTD, weight_VD.to(hidden_BTD.dtype), *terms, master_VD)[0]
 
     grad_fn = torch.func.grad_and_value(loss_fn, argnums=(0, 1))
     if mode == "compiled":
@@ -115,7 +121,7 @@ def main(
             if done.returncode:
                 sys.exit(f"{name} failed: {done.stderr[-2000:]}")
             found[name].append(json.loads(done.stdout.splitlines()[-1]))
-    print(f"{tokens:,} tokens, width {width}, {vocab:,} words, bf16, chunks of {chunk_tokens} tokens")
+    print(f"{tokens:,} tokens, width {width}, {vocab:,} words, chunks of {chunk_tokens} tokens")
     print("\n| loss and gradients | median s | least – most | ratio | MiB | ratio |\n|---|---|---|---|---|---|")
     base_time = base_memory = 0.0
     for name, runs in found.items():

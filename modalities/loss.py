@@ -101,6 +101,8 @@ def linear_cross_entropy(
         chunk_tokens = len(targets_N) if plain else config.chunk_tokens
         options = (chunk_tokens, torch.is_grad_enabled(), compile or torch.compiler.is_compiling())
         words = (vocab_size, first_word, group)
+        if master_VD is not None and master_VD.dtype == weight_VD.dtype:
+            master_VD = None  # it may be the weight itself
         loss, nll_N, _, _ = _Chunked.apply(hidden_ND, weight_VD, master_VD, targets_N, scale, *terms, *words, *options)
     return loss, nll_N.view(targets_BT.shape)
 
