@@ -28,20 +28,13 @@ def compiled(function: Callable[..., Any], mode: str = "default", recompute: boo
     use_cache()
     import torch._inductor.config  # which takes two seconds, and is needed only now
 
-    # A copy of its code, for PyTorch keeps eight programs for a piece of *code*, which all closures of one line share:
-    # the ninth model of a process would fail.
-    own = types.FunctionType(
-        function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__,
-        function.__closure__,
-    )  # fmt: skip
-    own.__kwdefaults__ = function.__kwdefaults__
     # Or a step with the chunked loss would be traced anew at each start, for it has an autograd.Function.
     if hasattr(torch._functorch.config, "autograd_cache_allow_custom_autograd_functions"):
         torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
     # What a torch of another version has not, it does without.
     if hasattr(torch._inductor.config, "size_threshold_for_succ_based_strategy"):
         torch._inductor.config.size_threshold_for_succ_based_strategy = LARGE_BYTES
-    program = torch.compile(own, fullgraph=True, dynamic=False, mode=mode)
+    program = torch.compile(with_own_code(function), fullgraph=True, dynamic=False, mode=mode)
     if not recompute:
         return program
 
@@ -50,6 +43,20 @@ def compiled(function: Callable[..., Any], mode: str = "default", recompute: boo
             return program(*args)
 
     return call
+
+
+def with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with a copy of its code, to be compiled apart from all others.
+
+    PyTorch keeps eight programs for a piece of *code*, which all closures of one line share: the ninth model of a
+    process would fail.
+    """
+    own = types.FunctionType(
+        function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__,
+        function.__closure__,
+    )  # fmt: skip
+    own.__kwdefaults__ = function.__kwdefaults__
+    return own
 
 
 def can_compile(device: torch.device) -> bool:

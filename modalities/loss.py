@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.tensor import DTensor, Partial, Shard
 
+from modalities.compiling import with_own_code
+
 Batch = dict[str, Tensor]
 Aux = dict[str, Tensor]
 LossFn = Callable[[dict[str, Tensor], Batch], tuple[Tensor, Aux]]
@@ -251,12 +253,17 @@ def softcapped(logits_NV: Tensor, softcap: float) -> Tensor:
 
 
 @cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, fullgraph=True)
+def _program(function: Callable[..., Any], *_: Any) -> Callable[..., Any]:
+    return torch.compile(with_own_code(function), fullgraph=True)
 
 
 def maybe_compiled(function: Callable[..., Any], compile: bool) -> Callable[..., Any]:
-    return _compiled(function) if compile else function
+    """`function`, compiled apart for each dtype and each value of what is not a tensor, so for any number of them."""
+
+    def call(*args: Any) -> Any:
+        return _program(function, *(x.dtype if isinstance(x, Tensor) else x for x in args))(*args)
+
+    return call if compile else function
 
 
 def row_blocks(logits: Tensor, compile: bool) -> list[slice]:

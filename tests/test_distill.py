@@ -16,6 +16,7 @@ from words import write_words
 
 from modalities import checkpoint, evaluate, kl, log, loop, recipe, topk, trained
 from modalities.checkpoint import CheckpointConfig
+from modalities.compiling import compiled
 from modalities.config import to_dict
 from modalities.kl import DistillConfig, distillation
 from modalities.loss import IGNORED, LossConfig
@@ -122,7 +123,7 @@ def test_the_datas_own_terms_and_soft_caps(kind: Kind) -> None:
 @pytest.mark.parametrize("topk", [0, 7])
 def test_compiled_it_is_the_same(topk: int) -> None:
     x, config = inputs(torch.float32, topk, 2.0), DistillConfig(temperature=2.0)
-    found = gradients(x, config, transform=lambda f: torch.compile(f, fullgraph=True, dynamic=False))
+    found = gradients(x, config, transform=compiled)
     for got, expected in zip(found, reference(x, config), strict=True):
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modalities import loss
+from modalities.compiling import compiled
 from modalities.loss import IGNORED, LossConfig, choose, count_targets, linear_cross_entropy, sums_by_source
 
 B, T, D, V, PADDED = 3, 37, 16, 101, 128
@@ -87,10 +88,22 @@ def test_both_equal_the_formula_in_float64(
     if compile and not (smoothing and z_loss and softcap):
         pytest.skip("compiled once, with everything")
     x = inputs(torch.float64)
-    transform = (lambda f: torch.compile(f, fullgraph=True, dynamic=False)) if compile else (lambda f: f)
+    transform = compiled if compile else (lambda f: f)
     found = gradients(*x, config(implementation, smoothing, z_loss), softcap, transform=transform)
     for got, expected in zip(found, reference(*x, smoothing, z_loss, softcap), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
+
+
+@tiny.needs_compiler
+def test_a_process_may_compile_the_loss_in_any_number_of_forms() -> None:
+    def value(dtype: torch.dtype, smoothing: float, softcap: float, compile: bool) -> Tensor:
+        terms = (config("chunked", smoothing), V, softcap)
+        return linear_cross_entropy(*inputs(dtype), *terms, compile=compile)[0]
+
+    forms = [(dtype, s, c) for dtype in (torch.float32, torch.float64) for s in (0.0, 0.1, 0.2) for c in (0.0, 2.0)]
+    with torch._dynamo.config.patch(recompile_limit=2):  # whole chunks, and what is left over
+        for form in forms:
+            torch.testing.assert_close(value(*form, compile=True), value(*form, compile=False))
 
 
 @pytest.mark.parametrize("implementation", ["plain", "chunked"])
@@ -142,9 +155,7 @@ def test_the_gradient_of_the_weight_that_another_was_cast_from(
         return value
 
     grad_fn = torch.func.grad_and_value(loss_fn, argnums=(0, 1))
-    (_, grad_VD), value = (torch.compile(grad_fn, fullgraph=True, dynamic=False) if compile else grad_fn)(
-        hidden_BTD, master_VD
-    )
+    (_, grad_VD), value = (compiled(grad_fn) if compile else grad_fn)(hidden_BTD, master_VD)
     weight_VD = master_VD.bfloat16().double().requires_grad_()
     hidden = (hidden_BTD + weight_VD[:T].detach().bfloat16()).double() + weight_VD[:T] - weight_VD[:T].detach()
     expected = linear_cross_entropy(hidden, weight_VD, targets_BT, config("plain", 0.1, 1e-2), V, 3.0, 77.0)[0]
@@ -188,7 +199,7 @@ def test_an_ignored_target_contributes_exactly_nothing(
     implementation: Literal["plain", "chunked"], compile: bool
 ) -> None:
     hidden_BTD, weight_VD, targets_BT = inputs(torch.bfloat16)
-    transform = (lambda f: torch.compile(f, fullgraph=True, dynamic=False)) if compile else (lambda f: f)
+    transform = compiled if compile else (lambda f: f)
     ignored_BT = targets_BT == IGNORED
     hidden_grad, weight_grad, value, nll_BT = gradients(
         hidden_BTD, weight_VD, targets_BT, config(implementation, 0.1, 1e-2), transform=transform
