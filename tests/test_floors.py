@@ -12,13 +12,13 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "modalities"
 FLOORS = {
     0: {
-        "attention", "compiling", "config", "fields", "histogram", "log", "loss", "muon", "mup", "packing", "pairs",
+        "attention", "compiling", "config", "fields", "histogram", "log", "muon", "mup", "packing", "pairs",
         "profiling", "ranks", "rng", "rope", "sources",
     },
-    1: {"cli", "devices", "dist", "kl", "mixture", "model", "optim", "pbin"},
+    1: {"cli", "devices", "dist", "loss", "mixture", "model", "optim", "pbin"},
     2: {
         "account", "corpus", "demo", "demo_chat", "durable", "ema", "families", "files", "fingerprints", "fsdp",
-        "heartbeat", "noise", "parts", "presets", "run", "sequences", "stopping", "tokenizer", "workplace",
+        "heartbeat", "kl", "noise", "parts", "presets", "run", "sequences", "stopping", "tokenizer", "workplace",
     },
     3: {"chat", "data", "encode", "masks", "shards", "shuffle", "step"},
     4: {"checkpoint", "describe", "guard", "memory", "pack", "topk"},

@@ -96,13 +96,11 @@ def test_both_equal_the_formula_in_float64(
 
 @tiny.needs_compiler
 def test_a_process_may_compile_the_loss_in_any_number_of_forms() -> None:
-    def value(dtype: torch.dtype, smoothing: float, softcap: float, compile: bool) -> Tensor:
-        terms = (config("chunked", smoothing), V, softcap)
-        return linear_cross_entropy(*inputs(dtype), *terms, compile=compile)[0]
+    def value(dtype: torch.dtype, smoothing: float, compile: bool) -> Tensor:
+        return linear_cross_entropy(*inputs(dtype), config("chunked", smoothing), V, compile=compile)[0]
 
-    forms = [(dtype, s, c) for dtype in (torch.float32, torch.float64) for s in (0.0, 0.1, 0.2) for c in (0.0, 2.0)]
     with torch._dynamo.config.patch(recompile_limit=2):  # whole chunks, and what is left over
-        for form in forms:
+        for form in ((torch.float32, 0.0), (torch.float32, 0.1), (torch.float64, 0.1)):
             torch.testing.assert_close(value(*form, compile=True), value(*form, compile=False))
 
 
