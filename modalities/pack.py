@@ -41,7 +41,7 @@ from modalities.parts import Counts, Done, Writer, finished, join
 from modalities.sources import Chunk, Source
 
 USE_TOKENIZERS = "use_tokenizers"  # lies in the folder once a rank has seen the engines differ
-TOKENS_PER_THREAD = 1 << 24
+TOKENS_PER_THREAD = 1 << 25
 """How many tokens a thread makes, about, before another takes its place."""
 
 
