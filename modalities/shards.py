@@ -217,6 +217,7 @@ class Reader(dcp.FileSystemReader):
         future.set_result(None)
         return future
 
+    @torch.no_grad()  # which holds for a thread: autograd would refuse to narrow a view of what another thread fills
     def read_file(self, name: str, items: list[ReadItem], planner: LoadPlanner) -> None:
         kinds: dict[bytes, Tensor] = {}
         with (self.folder / name).open("rb", buffering=0) as file:

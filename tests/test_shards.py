@@ -4,6 +4,7 @@ import os
 import pickle
 import resource
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from traceback import StackSummary
@@ -58,6 +59,27 @@ def test_what_torch_wrote_is_read(tmp_path: Path, params: Tensors) -> None:
     found = zeros(params)
     shards.read(shards.Reader(tmp_path, durable.hash_files(tmp_path.iterdir())), {"p": found})
     assert all(torch.equal(found[name], params[name]) for name in params)
+
+
+class Watched(torch.Tensor):
+    """Notes whether autograd looks on where a thread other than the main one does anything with it."""
+
+    seen: list[bool] = []
+
+    @classmethod
+    def __torch_function__(cls, *call: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            cls.seen.append(torch.is_grad_enabled())
+        return super().__torch_function__(*call)
+
+
+def test_autograd_does_not_look_on_where_threads_fill_parts_of_one_tensor(tmp_path: Path, params: Tensors) -> None:
+    # It would, at times, refuse: of a sharded tensor each thread has a view of its own.
+    files = write(tmp_path, params)
+    found = {name: param.as_subclass(Watched).requires_grad_() for name, param in zeros(params).items()}
+    shards.read(shards.Reader(tmp_path, files), {"p": found})
+    assert all(torch.equal(found[name], params[name]) for name in params)
+    assert Watched.seen and not any(Watched.seen)
 
 
 def test_a_full_disk_under_one_of_several_files_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
